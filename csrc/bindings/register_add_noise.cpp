@@ -1,0 +1,37 @@
+#include <pybind11/stl.h>
+
+#include "bindings/register.h"
+#include "cpu/add_noise.h"
+
+namespace guda_fast::bindings {
+
+void register_add_noise(py::module_& module) {
+  module.def(
+      "add_noise",
+      [](Address out, const std::vector<std::int64_t>& out_strides, Address x0,
+         const std::vector<std::int64_t>& x0_strides, const std::vector<std::int64_t>& shape,
+         std::int64_t queries, std::int64_t rows, Address query_index, Address query_id, Address timestep,
+         Address sample, Address x0_scale, Address eps_scale, std::uint64_t seed, bool antithetic,
+         int threads) {
+        cpu::add_noise(
+            pointer<float>(out), out_strides, pointer<const float>(x0), x0_strides, shape,
+            {rows, queries, pointer<const std::int64_t>(query_index), pointer<const std::int64_t>(query_id),
+             pointer<const std::int64_t>(timestep), pointer<const std::int64_t>(sample),
+             pointer<const float>(x0_scale), pointer<const float>(eps_scale), seed, antithetic},
+            threads);
+      },
+      py::arg("out"), py::arg("out_strides"), py::arg("x0"), py::arg("x0_strides"), py::arg("shape"),
+      py::arg("queries"), py::arg("rows"), py::arg("query_index"), py::arg("query_id"), py::arg("timestep"),
+      py::arg("sample"), py::arg("x0_scale"), py::arg("eps_scale"), py::arg("seed"), py::arg("antithetic"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "noise_words",
+      [](Address out, std::int64_t blocks, std::int64_t first_block, std::int64_t query_id,
+         std::int64_t timestep, std::int64_t sample, std::uint64_t seed) {
+        cpu::noise_words(pointer<std::uint32_t>(out), blocks, first_block, query_id, timestep, sample, seed);
+      },
+      py::arg("out"), py::arg("blocks"), py::arg("first_block"), py::arg("query_id"), py::arg("timestep"),
+      py::arg("sample"), py::arg("seed"), py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace guda_fast::bindings

@@ -1,0 +1,33 @@
+#include <pybind11/stl.h>
+
+#include "bindings/register.h"
+#include "cpu/denoising_error.h"
+
+namespace guda_fast::bindings {
+
+void register_denoising_error(py::module_& module) {
+  module.def(
+      "denoising_error",
+      [](Address errors, Address paired, Address predictions,
+         const std::vector<std::int64_t>& prediction_strides, const std::string& dtype, std::int64_t models,
+         Address x0, const std::vector<std::int64_t>& x0_strides, const std::vector<std::int64_t>& shape,
+         std::int64_t queries, std::int64_t rows, Address query_index, Address query_id, Address timestep,
+         Address sample, Address x0_scale, Address eps_scale, Address weight, std::uint64_t seed,
+         bool antithetic, int threads) {
+        cpu::denoising_error(
+            pointer<double>(errors), pointer<double>(paired),
+            {pointer<const void>(predictions), prediction_strides, dtype, models}, pointer<const float>(x0),
+            x0_strides, shape,
+            {rows, queries, pointer<const std::int64_t>(query_index), pointer<const std::int64_t>(query_id),
+             pointer<const std::int64_t>(timestep), pointer<const std::int64_t>(sample),
+             pointer<const float>(x0_scale), pointer<const float>(eps_scale), seed, antithetic},
+            pointer<const double>(weight), threads);
+      },
+      py::arg("errors"), py::arg("paired"), py::arg("predictions"), py::arg("prediction_strides"),
+      py::arg("dtype"), py::arg("models"), py::arg("x0"), py::arg("x0_strides"), py::arg("shape"),
+      py::arg("queries"), py::arg("rows"), py::arg("query_index"), py::arg("query_id"), py::arg("timestep"),
+      py::arg("sample"), py::arg("x0_scale"), py::arg("eps_scale"), py::arg("weight"), py::arg("seed"),
+      py::arg("antithetic"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace guda_fast::bindings

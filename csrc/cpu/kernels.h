@@ -1,0 +1,70 @@
+// The kernels that every instruction set provides, all on one chunk of contiguous elements.
+//
+// The files that define them are compiled with instruction-set flags, so they must not instantiate
+// anything with external linkage (no standard containers): the linker could keep that copy for all.
+#pragma once
+
+#include <cstdint>
+
+namespace guda_fast::cpu {
+
+// Work and partial sums are cut at fixed places, so that results do not depend on the thread count.
+constexpr std::int64_t kChunk = 4096;
+
+// Virtual lanes of a float64 sum: element j goes to lane j % 16 whatever the vector width is.
+constexpr int kLanes = 16;
+
+enum class Dtype { float32 = 0, bfloat16 = 1, float16 = 2 };
+constexpr int kDtypes = 3;
+
+// Everything of the Philox key and counter but the element block (kernels/NOISE.md).
+struct NoiseStream {
+  std::uint32_t key0, key1;
+  std::uint32_t counter1, counter2, counter3;
+};
+
+struct ErrorSums {
+  double error;   // sum of (p - target)^2
+  double paired;  // sum of (p - p0)(p + p0 - 2 target)
+};
+
+// Four words per block, for blocks first_block, first_block + 1, ...
+using NoiseWords = void (*)(std::uint32_t* out, std::int64_t blocks, std::uint32_t first_block,
+                            const NoiseStream& stream);
+
+// out = x0_scale * x0 + eps_scale * eps; without x0 (null) out = eps_scale * eps.
+using AddNoise = void (*)(float* out, const float* x0, float x0_scale, float eps_scale,
+                          const NoiseStream& stream, std::uint32_t first_block, std::int64_t elements);
+
+using ErrorSum = double (*)(const void* prediction, const float* target, std::int64_t elements);
+
+using PairedSum = ErrorSums (*)(const void* prediction, const void* base, const float* target,
+                                std::int64_t elements);
+
+struct Kernels {
+  const char* name;
+  NoiseWords noise_words;
+  AddNoise add_noise;
+  ErrorSum error_sum[kDtypes];    // by Dtype
+  PairedSum paired_sum[kDtypes];  // by Dtype
+};
+
+#define GUDA_FAST_DECLARE_KERNELS(set)                                                                    \
+  namespace set {                                                                                         \
+  void noise_words(std::uint32_t* out, std::int64_t blocks, std::uint32_t first_block,                    \
+                   const NoiseStream& stream);                                                            \
+  void add_noise(float* out, const float* x0, float x0_scale, float eps_scale, const NoiseStream& stream, \
+                 std::uint32_t first_block, std::int64_t elements);                                       \
+  template <Dtype dtype>                                                                                  \
+  double error_sum(const void* prediction, const float* target, std::int64_t elements);                   \
+  template <Dtype dtype>                                                                                  \
+  ErrorSums paired_sum(const void* prediction, const void* base, const float* target,                     \
+                       std::int64_t elements);                                                            \
+  }
+
+GUDA_FAST_DECLARE_KERNELS(baseline)
+GUDA_FAST_DECLARE_KERNELS(avx2)
+GUDA_FAST_DECLARE_KERNELS(avx512)
+#undef GUDA_FAST_DECLARE_KERNELS
+
+}  // namespace guda_fast::cpu

@@ -1,0 +1,168 @@
+// Vectors of one instruction set, through the compiler's vector extension, and the few operations
+// that the extension lacks. Included by the per-set files only, which define GUDA_FAST_SET.
+//
+// Every operation is exact or correctly rounded and acts on lanes alone, and contraction is off, so
+// that all widths give the same bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/kernels.h"
+
+#define GUDA_FAST_INLINE static inline __attribute__((always_inline))
+
+namespace guda_fast::cpu::GUDA_FAST_SET {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;  // 32-bit lanes
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+constexpr int kHalf = kWidth / 2;  // 64-bit lanes
+
+typedef float VecF __attribute__((vector_size(4 * kWidth)));
+typedef std::int32_t VecI __attribute__((vector_size(4 * kWidth)));
+typedef std::uint32_t VecU __attribute__((vector_size(4 * kWidth)));
+typedef std::uint64_t VecU64 __attribute__((vector_size(8 * kHalf)));
+typedef double VecD __attribute__((vector_size(8 * kHalf)));
+typedef float HalfF __attribute__((vector_size(4 * kHalf)));
+typedef std::uint16_t VecU16 __attribute__((vector_size(2 * kWidth)));
+
+template <typename Vec, typename T>
+GUDA_FAST_INLINE Vec load(const T* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+template <typename Vec, typename T>
+GUDA_FAST_INLINE void store(T* to, Vec v) {
+  std::memcpy(to, &v, sizeof(v));
+}
+
+// Low halves of a's 64-bit lanes times the low halves of b's: full 64-bit products.
+GUDA_FAST_INLINE VecU64 mul_wide(VecU64 a, VecU64 b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecU64>(
+      _mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<VecU64>(
+      _mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<VecU64>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+  return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
+#endif
+}
+
+GUDA_FAST_INLINE VecF sqrt(VecF a) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(a);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(a);
+#elif defined(__SSE2__)
+  return _mm_sqrt_ps(a);
+#else
+  VecF root;
+  for (int lane = 0; lane < kWidth; ++lane) root[lane] = __builtin_sqrtf(a[lane]);
+  return root;
+#endif
+}
+
+// Within each 128-bit lane: a0 b0 a1 b1, and a2 b2 a3 b3.
+template <typename Vec>
+GUDA_FAST_INLINE Vec interleave_low(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
+#else
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#endif
+}
+
+template <typename Vec>
+GUDA_FAST_INLINE Vec interleave_high(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+#else
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// Within each 128-bit lane: the low 64 bits of a, then of b; and the high ones.
+GUDA_FAST_INLINE VecU64 pair_low(VecU64 a, VecU64 b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, b, 0, 4, 2, 6);
+#else
+  return __builtin_shufflevector(a, b, 0, 2);
+#endif
+}
+
+GUDA_FAST_INLINE VecU64 pair_high(VecU64 a, VecU64 b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, b, 1, 5, 3, 7);
+#else
+  return __builtin_shufflevector(a, b, 1, 3);
+#endif
+}
+
+GUDA_FAST_INLINE HalfF low_half(VecF a) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, a, 0, 1, 2, 3, 4, 5, 6, 7);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, a, 0, 1, 2, 3);
+#else
+  return __builtin_shufflevector(a, a, 0, 1);
+#endif
+}
+
+GUDA_FAST_INLINE HalfF high_half(VecF a) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, a, 4, 5, 6, 7);
+#else
+  return __builtin_shufflevector(a, a, 2, 3);
+#endif
+}
+
+GUDA_FAST_INLINE VecD to_double(HalfF a) { return __builtin_convertvector(a, VecD); }
+
+GUDA_FAST_INLINE VecF bfloat16_to_float(VecU16 bits) {
+  return reinterpret_cast<VecF>(__builtin_convertvector(bits, VecU) << 16);
+}
+
+// Not by scaling float32 subnormals: torch.set_flush_denormal would change the result.
+GUDA_FAST_INLINE VecF float16_to_float(VecU16 bits) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(reinterpret_cast<__m256i>(bits));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return _mm256_cvtph_ps(reinterpret_cast<__m128i>(bits));
+#else
+  const VecU half = __builtin_convertvector(bits, VecU);
+  const VecU magnitude = half & 0x7FFFu;
+  const VecU rebias = VecU{} + (112u << 23);
+  const VecU special = reinterpret_cast<VecU>(magnitude >= 0x7C00u) & rebias;  // inf, nan: exponent 255
+  const VecU normal = (magnitude << 13) + rebias + special;
+  const VecF subnormal = __builtin_convertvector(reinterpret_cast<VecI>(magnitude), VecF) * 0x1p-24f;
+  const VecU is_subnormal = reinterpret_cast<VecU>(magnitude < 0x0400u);
+  const VecU value = (reinterpret_cast<VecU>(subnormal) & is_subnormal) | (normal & ~is_subnormal);
+  return reinterpret_cast<VecF>(value | ((half & 0x8000u) << 16));
+#endif
+}
+
+}  // namespace guda_fast::cpu::GUDA_FAST_SET

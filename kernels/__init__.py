@@ -1,0 +1,1 @@
+"""Device code and the noise contract (NOISE.md) that all of it obeys."""
