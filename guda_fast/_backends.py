@@ -1,0 +1,226 @@
+"""Which implementation runs an op: a static, ordered table per op and device type.
+
+A backend is chosen by the argument ``backend=``, else by `use_backend`, else by the environment variable
+GUDA_FAST_BACKEND; where none of them names one, the first of the table with no reason against the call runs.
+Nothing falls back silently: a named backend runs or raises, and an exception inside a backend propagates.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+
+from guda_fast._validate import check_choice
+from guda_fast.errors import BackendUnavailableError
+
+ENVIRONMENT_VARIABLE = "GUDA_FAST_BACKEND"
+BACKEND_NAMES = ("auto", "cpp", "reference")
+
+
+class Request(Protocol):
+    """A validated call of an op."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+RequestT = TypeVar("RequestT", bound=Request)
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class Backend(Generic[RequestT, ResultT]):
+    """One implementation of one op."""
+
+    name: str
+    run: Callable[[RequestT], ResultT]
+    # The reason why not, for this call.
+    supports: Callable[[RequestT], str | None] = lambda request: None
+    # The reason why not on this machine, whatever the call.
+    available: Callable[[], str | None] = lambda: None
+    # What `explain` adds, such as the instruction set.
+    detail: Callable[[], str] = lambda: ""
+
+    def reason_against(self, request: RequestT) -> str | None:
+        return self.available() or self.supports(request)
+
+
+class Choice(NamedTuple):
+    """A backend's name and who asked for it; name is "auto" where nobody did."""
+
+    name: str
+    asked_by: str
+
+
+class Availability(NamedTuple):
+    """One line of `availability`: reason is None where the backend can run."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Op(Generic[RequestT, ResultT]):
+    """An op: how a call is validated, and its backends by device type, best first ("*": other devices)."""
+
+    name: str
+    request: Callable[..., RequestT]
+    backends: Mapping[str, tuple[Backend[RequestT, ResultT], ...]]
+
+    def table(self, device: torch.device) -> tuple[Backend[RequestT, ResultT], ...]:
+        return self.backends.get(device.type, self.backends["*"])
+
+    def run(self, request: RequestT, backend: str) -> ResultT:
+        """Run the request on the chosen backend; results carry no gradient."""
+        chosen = self._choose(request, requested_backend(self.name, backend))
+        with torch.no_grad():
+            return chosen.run(request)
+
+    def _choose(self, request: RequestT, choice: Choice) -> Backend[RequestT, ResultT]:
+        reasons = []
+        for backend in self.table(request.device):
+            if choice.name not in ("auto", backend.name):
+                continue
+            reason = backend.reason_against(request)
+            if reason is None:
+                return backend
+            reasons.append(f"{backend.name}: {reason}")
+        if choice.name == "auto":
+            raise BackendUnavailableError(f"{self.name}: no backend can run this call: {'; '.join(reasons)}")
+        reason = reasons[0] if reasons else f"{choice.name}: it does not serve {request.device.type} tensors"
+        raise BackendUnavailableError(f"{self.name}: backend asked by {choice.asked_by} cannot run: {reason}")
+
+    def explain(self, request: RequestT, choice: Choice) -> str:
+        """The decision as text: the first line is what runs, then one line a backend in order."""
+        table = self.table(request.device)
+        reasons = {backend.name: backend.reason_against(request) for backend in table}
+        if choice.name == "auto":
+            chosen = next((name for name, reason in reasons.items() if reason is None), None)
+            because = "first in order"
+        else:
+            chosen = choice.name if reasons.get(choice.name, "absent") is None else None
+            because = f"asked by {choice.asked_by}"
+        outcome = chosen or f"none ({choice.name} {because} raises BackendUnavailableError)"
+        lines = [f"{self.name} on {request.device.type}: {outcome}"]
+        width = max(len(name) for name in reasons)
+        for backend in table:
+            reason = reasons[backend.name]
+            if reason is not None:
+                text = f"unavailable: {reason}"
+            elif backend.name == chosen:
+                text = f"chosen ({'; '.join(filter(None, (because, backend.detail())))})"
+            else:
+                text = "available"
+            lines.append(f"  {backend.name:{width}}  {text}")
+        return "\n".join(lines)
+
+
+_OPS: dict[str, Op[Any, Any]] = {}
+_context: ContextVar[str | None] = ContextVar("guda_fast_backend", default=None)
+
+
+def register(op: Op[RequestT, ResultT]) -> Op[RequestT, ResultT]:
+    """Make an op known to `explain` and `availability`; each module of `guda_fast.ops` does so once."""
+    _OPS[op.name] = op
+    return op
+
+
+def requested_backend(where: str, argument: str) -> Choice:
+    """Who names a backend for this call, by precedence; ValueError where the name is unknown."""
+    context, environment = _context.get(), os.environ.get(ENVIRONMENT_VARIABLE)
+    if argument != "auto":
+        return Choice(check_choice(where, "backend", argument, BACKEND_NAMES), "backend=")
+    if context is not None:
+        return Choice(context, "use_backend")
+    if environment:
+        name = check_choice(where, f"backend (from {ENVIRONMENT_VARIABLE})", environment, BACKEND_NAMES)
+        return Choice(name, ENVIRONMENT_VARIABLE)
+    return Choice("auto", "default")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend of every op called inside, unless the call names one; "auto" chooses freely again.
+
+    >>> with use_backend("reference"):
+    ...     pass
+    """
+    token = _context.set(check_choice("use_backend", "name", name, BACKEND_NAMES))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> str:
+    """Which backend a call would run, and why not the others; validates the arguments, computes nothing.
+
+    op: the op's name, such as "add_noise"
+    args, kwargs: the arguments of the call
+
+    Returns text. Raises what the call's validation raises.
+    """
+    found = _OPS[check_choice("explain", "op", op, list(_OPS))]
+    choice = requested_backend(op, kwargs.pop("backend", "auto"))
+    return found.explain(found.request(*args, **kwargs), choice)
+
+
+def availability() -> list[Availability]:
+    """Every op's backends by device type in order, with the reason where this machine cannot run one."""
+    return [
+        Availability(op.name, device, backend.name, reason := backend.available(), "" if reason else backend.detail())
+        for op in _OPS.values()
+        for device, table in op.backends.items()
+        for backend in table
+    ]
+
+
+@functools.cache
+def native() -> ModuleType | None:
+    """The C++ extension, or None where it was not built. A build that fails to load raises ImportError."""
+    if importlib.util.find_spec("guda_fast._C") is None:
+        return None
+    return importlib.import_module("guda_fast._C")
+
+
+def native_unavailable() -> str | None:
+    """Why the `cpp` backend cannot run on this machine, or None."""
+    if native() is None:
+        return "the extension guda_fast._C was not built (GUDA_FAST_NATIVE=OFF, or not installed)"
+    return None
+
+
+def native_detail() -> str:
+    """The instruction set that the extension uses now."""
+    extension = native()
+    return "" if extension is None else str(extension.instruction_set())
+
+
+@contextmanager
+def use_instruction_set(name: str) -> Iterator[None]:
+    """Make the `cpp` backend use one instruction set inside, for tests and benchmarks; for the whole process.
+
+    name: one of ``guda_fast._C.instruction_sets()``; ValueError otherwise
+    """
+    extension = native()
+    if extension is None:
+        raise BackendUnavailableError(f"use_instruction_set: {native_unavailable()}")
+    before = extension.instruction_set()
+    extension.set_instruction_set(name)
+    try:
+        yield
+    finally:
+        extension.set_instruction_set(before)

@@ -1,0 +1,13 @@
+"""The exceptions that guda_fast raises besides TypeError and ValueError."""
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was named that cannot run this call; the message says why."""
+
+
+class CheckpointError(ValueError):
+    """A model, adapter or delta on disk or in memory cannot be used; names the source and the key."""
+
+
+class CancelledError(RuntimeError):
+    """The caller's ``cancel`` callback asked a long computation to stop."""

@@ -1,0 +1,7 @@
+"""The ops: each validates its arguments, chooses a backend and runs it."""
+
+from guda_fast.ops.add_noise import add_noise
+from guda_fast.ops.denoising_error import denoising_error
+from guda_fast.reference.denoising_error import DenoisingError
+
+__all__ = ["DenoisingError", "add_noise", "denoising_error"]

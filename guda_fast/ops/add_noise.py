@@ -1,0 +1,131 @@
+"""The op `add_noise`: noised queries for many (query, draw) rows at once, with noise made from counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from guda_fast import _backends
+from guda_fast import reference as definition
+from guda_fast._validate import check_bool, check_output
+from guda_fast.ops._rows import Rows, check_rows, check_seed, native_reason
+
+_NAME = "add_noise"
+
+
+@dataclass(frozen=True)
+class _Request:
+    rows: Rows
+    seed: int
+    antithetic: bool
+    out: Tensor | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.x0.device
+
+
+def add_noise(
+    x0: Tensor,
+    query_index: Tensor,
+    query_id: Tensor,
+    timestep: Tensor,
+    sample: Tensor,
+    x0_scale: Tensor,
+    eps_scale: Tensor,
+    *,
+    seed: int,
+    antithetic: bool = False,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Noised queries, one a row, with noise that depends on nothing but its counters.
+
+    out[r] = x0_scale[r] x0[query_index[r]] + eps_scale[r] eps(seed, query_id[r], timestep[r], sample[r])
+
+    x0: the queries, any strides, elements counted in logical order [(N, *S), float32, S of 1 to 4 dimensions;
+        with float64 everything is computed in float64, by the reference backend]
+    query_index: which query a row takes [(R,), int64, 0..N-1]
+    query_id: the bits of the query's uint64 id [(R,), int64]
+    timestep, sample: the draw [(R,), int64, 0..65535]
+    x0_scale, eps_scale: factors of the query and of the noise; where x0_scale is 0 the query does not enter
+        the result, NaN or not [(R,), x0's dtype]
+    seed: the protocol's seed [0..2**64-1]
+    antithetic: sample 2m+1 is the negative of sample 2m
+    out: where the result goes; may have any strides but neither overlap itself nor x0 [(R, *S), x0's dtype]
+    backend: "auto" or a name, see `explain`
+
+    Index ranges are checked on the CPU; elsewhere that would synchronise, and they are the caller's duty.
+
+    Returns out, or a new contiguous tensor. It carries no gradient.
+    Raises TypeError or ValueError naming the argument; BackendUnavailableError where a named backend cannot.
+    Source: kernels/NOISE.md; Ho et al. 2020, equation 4.
+
+    >>> zero, one = torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    >>> add_noise(torch.ones(1, 3), zero, zero, zero, zero, 2 * one, 0 * one, seed=0)
+    tensor([[2., 2., 2.]])
+    """
+    request = _request(
+        x0,
+        query_index,
+        query_id,
+        timestep,
+        sample,
+        x0_scale,
+        eps_scale,
+        seed=seed,
+        antithetic=antithetic,
+        out=out,
+    )
+    return _OP.run(request, backend)
+
+
+def _request(
+    x0: Tensor,
+    query_index: Tensor,
+    query_id: Tensor,
+    timestep: Tensor,
+    sample: Tensor,
+    x0_scale: Tensor,
+    eps_scale: Tensor,
+    *,
+    seed: int,
+    antithetic: bool = False,
+    out: Tensor | None = None,
+) -> _Request:
+    rows = check_rows(_NAME, x0, query_index, query_id, timestep, sample, x0_scale, eps_scale)
+    if out is not None:
+        check_output(_NAME, "out", out, shape=(rows.number, *rows.shape), like=x0, like_name="x0")
+    return _Request(rows, check_seed(_NAME, seed), check_bool(_NAME, "antithetic", antithetic), out)
+
+
+def _run_reference(request: _Request) -> Tensor:
+    return definition.add_noise(*request.rows, seed=request.seed, antithetic=request.antithetic, out=request.out)
+
+
+def _run_cpp(request: _Request) -> Tensor:
+    from guda_fast import _C
+
+    rows, out = request.rows.contiguous(), request.out
+    if out is None:
+        out = torch.empty((rows.number, *rows.shape), dtype=torch.float32)
+    _C.add_noise(
+        out.data_ptr(),
+        out.stride(),
+        *rows.native_arguments(),
+        request.seed,
+        request.antithetic,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _cpp_supports(request: _Request) -> str | None:
+    return native_reason(x0=request.rows.x0, out=request.out)
+
+
+_REFERENCE = _backends.Backend("reference", _run_reference)
+_CPP = _backends.Backend("cpp", _run_cpp, _cpp_supports, _backends.native_unavailable, _backends.native_detail)
+_OP = _backends.register(_backends.Op(_NAME, _request, {"cpu": (_CPP, _REFERENCE), "*": (_REFERENCE,)}))

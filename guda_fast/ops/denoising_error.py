@@ -1,0 +1,153 @@
+"""The op `denoising_error`: squared errors of many models' predictions against a regenerated target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from guda_fast import _backends
+from guda_fast import reference as definition
+from guda_fast._validate import check_bool, check_tensor
+from guda_fast.ops._rows import Rows, check_rows, check_seed, native_reason
+from guda_fast.reference.denoising_error import DenoisingError
+
+_NAME = "denoising_error"
+_PREDICTION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class _Request:
+    predictions: Tensor
+    rows: Rows
+    weight: Tensor
+    seed: int
+    antithetic: bool
+    paired: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.x0.device
+
+
+def denoising_error(
+    predictions: Tensor,
+    x0: Tensor,
+    query_index: Tensor,
+    query_id: Tensor,
+    timestep: Tensor,
+    sample: Tensor,
+    x0_scale: Tensor,
+    eps_scale: Tensor,
+    weight: Tensor,
+    *,
+    seed: int,
+    antithetic: bool = False,
+    paired: bool = False,
+    backend: str = "auto",
+) -> DenoisingError:
+    """Weighted squared errors of M models at R rows, against a target made again from its counters.
+
+    target[r] = x0_scale[r] x0[query_index[r]] + eps_scale[r] eps(seed, query_id[r], timestep[r], sample[r])
+    errors[m, r] = weight[r] sum (predictions[m, r] - target[r])^2
+    paired[m, r] = weight[r] sum (p_m - p_0) (p_m + p_0 - 2 target), the difference without cancellation
+    Differences are taken in float32, products and sums in float64.
+
+    predictions: what each model predicts, any strides [(M, R, *S), float32, bfloat16 or float16]
+    x0, query_index, query_id, timestep, sample, seed, antithetic: as in `add_noise`
+    x0_scale, eps_scale: the target's factors; (0, 1) is an epsilon prediction, (1, 0) a sample,
+        (-sqrt(1 - alpha_bar), sqrt(alpha_bar)) a v-prediction [(R,), x0's dtype]
+    weight: factor of each row's error [(R,), float64]
+    paired: return the paired differences too; those of model 0 are exactly 0
+    backend: "auto" or a name, see `explain`
+
+    With a float64 x0 predictions may be float64 too, and everything is in float64, by the reference backend.
+    Index ranges are checked on the CPU; elsewhere that would synchronise, and they are the caller's duty.
+
+    Returns DenoisingError(errors, paired) [(M, R), float64; paired is None unless asked], without gradient.
+    Raises TypeError or ValueError naming the argument; BackendUnavailableError where a named backend cannot.
+    Source: kernels/NOISE.md; Ho et al. 2020, equation 14.
+
+    >>> zero, one = torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    >>> x0, prediction, weight = torch.ones(1, 3), torch.zeros(1, 1, 3), torch.ones(1, dtype=torch.float64)
+    >>> denoising_error(prediction, x0, zero, zero, zero, zero, 2 * one, 0 * one, weight, seed=0).errors
+    tensor([[12.]], dtype=torch.float64)
+    """
+    request = _request(
+        predictions, x0, query_index, query_id, timestep, sample, x0_scale, eps_scale, weight,
+        seed=seed, antithetic=antithetic, paired=paired,
+    )  # fmt: skip
+    return _OP.run(request, backend)
+
+
+def _request(
+    predictions: Tensor,
+    x0: Tensor,
+    query_index: Tensor,
+    query_id: Tensor,
+    timestep: Tensor,
+    sample: Tensor,
+    x0_scale: Tensor,
+    eps_scale: Tensor,
+    weight: Tensor,
+    *,
+    seed: int,
+    antithetic: bool = False,
+    paired: bool = False,
+) -> _Request:
+    rows = check_rows(_NAME, x0, query_index, query_id, timestep, sample, x0_scale, eps_scale)
+    dtypes = _PREDICTION_DTYPES if x0.dtype == torch.float32 else (*_PREDICTION_DTYPES, torch.float64)
+    shape = (None, rows.number, *rows.shape)
+    check_tensor(_NAME, "predictions", predictions, shape=shape, dtypes=dtypes, device=x0.device)
+    check_tensor(_NAME, "weight", weight, shape=(rows.number,), dtypes=(torch.float64,), device=x0.device)
+    return _Request(
+        predictions,
+        rows,
+        weight,
+        check_seed(_NAME, seed),
+        check_bool(_NAME, "antithetic", antithetic),
+        check_bool(_NAME, "paired", paired),
+    )
+
+
+def _run_reference(request: _Request) -> DenoisingError:
+    return definition.denoising_error(
+        request.predictions,
+        *request.rows,
+        request.weight,
+        seed=request.seed,
+        antithetic=request.antithetic,
+        paired=request.paired,
+    )
+
+
+def _run_cpp(request: _Request) -> DenoisingError:
+    from guda_fast import _C
+
+    rows, predictions, weight = (request.rows.contiguous(), request.predictions, request.weight.contiguous())
+    errors = torch.empty(predictions.shape[:2], dtype=torch.float64)
+    paired = torch.empty_like(errors) if request.paired else None
+    _C.denoising_error(
+        errors.data_ptr(),
+        0 if paired is None else paired.data_ptr(),
+        predictions.data_ptr(),
+        predictions.stride(),
+        str(predictions.dtype).removeprefix("torch."),
+        predictions.shape[0],
+        *rows.native_arguments(),
+        weight.data_ptr(),
+        request.seed,
+        request.antithetic,
+        torch.get_num_threads(),
+    )
+    return DenoisingError(errors, paired)
+
+
+def _cpp_supports(request: _Request) -> str | None:
+    return native_reason(x0=request.rows.x0, predictions=request.predictions)
+
+
+_REFERENCE = _backends.Backend("reference", _run_reference)
+_CPP = _backends.Backend("cpp", _run_cpp, _cpp_supports, _backends.native_unavailable, _backends.native_detail)
+_OP = _backends.register(_backends.Op(_NAME, _request, {"cpu": (_CPP, _REFERENCE), "*": (_REFERENCE,)}))
