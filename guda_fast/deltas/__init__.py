@@ -1,0 +1,6 @@
+"""The delta bank: a base model and what each counterfactual changes in it."""
+
+from guda_fast.deltas.bank import DeltaBank
+from guda_fast.deltas.delta import Delta, Dense
+
+__all__ = ["Delta", "DeltaBank", "Dense"]

@@ -1,0 +1,104 @@
+"""The base of a delta bank: a model that can run, its configuration and its scheduler's."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from guda_fast._validate import describe
+from guda_fast.deltas.diff import read_values, wide
+from guda_fast.deltas.formats.diffusers import (
+    build_model,
+    complete_config,
+    find_scheduler,
+    model_folder,
+    open_folder,
+    read_json,
+)
+from guda_fast.deltas.resident import base_tensors
+from guda_fast.deltas.sources import existing_path, unwrapped
+from guda_fast.deltas.weights import Weights, module_config, named_tensors
+from guda_fast.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Base:
+    """The full-data model.
+
+    model: a model that nobody else holds
+    config: its complete configuration, None for a module without one
+    scheduler: the noise scheduler's configuration, None when there is none
+    origin: the path, or "base" for a model in memory
+    """
+
+    model: torch.nn.Module
+    config: dict[str, Any] | None
+    scheduler: dict[str, Any] | None
+    origin: str
+
+
+def open_base(base: object, scheduler: object) -> Base:
+    """Load the base from a diffusers folder, or copy a module in memory.
+
+    scheduler: a configuration, a scheduler object or a path; None looks into the folder
+    """
+    given = _scheduler_config(scheduler)
+    if isinstance(base, torch.nn.Module):
+        model = copy.deepcopy(unwrapped(base))
+        model.zero_grad(set_to_none=True)
+        config = module_config(model)
+        complete = None if config is None else complete_config(type(model), config)
+        return Base(model, complete, given, "base")
+    if not isinstance(base, str | os.PathLike):
+        raise TypeError(
+            f"DeltaBank.load: base must be the path of a diffusers folder or a torch.nn.Module, got {describe(base)}"
+        )
+    path = existing_path(base)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: the base must be a diffusers folder, because a file has no architecture; "
+            "or pass a torch.nn.Module with these weights"
+        )
+    folder = model_folder(path)
+    weights = open_folder(folder)
+    config = dict(weights.config or {})
+    model = _load_model(config, weights)
+    return Base(model, complete_config(type(model), config), given or find_scheduler(folder), str(path))
+
+
+def _load_model(config: Mapping[str, Any], weights: Weights) -> torch.nn.Module:
+    """Build the model and fill it, in float32 or in what the file has if that is wider."""
+    model = build_model(config, weights.config_origin)
+    tensors = base_tensors(model, weights.config_origin)
+    values = read_values(tensors, weights)
+    widest = wide(*(value.dtype for value in values.values() if value.is_floating_point()))
+    torch.nn.Module.to(model, dtype=widest)
+    targets = named_tensors(model)
+    with torch.no_grad():
+        for tensor in tensors:
+            if tensor.name in values:
+                for name in tensor.names:
+                    targets[name].copy_(values[tensor.name])
+    return model
+
+
+def _scheduler_config(scheduler: object) -> dict[str, Any] | None:
+    if scheduler is None:
+        return None
+    if isinstance(scheduler, str | os.PathLike):
+        path = existing_path(scheduler)
+        return read_json(path / "scheduler_config.json" if path.is_dir() else Path(path))
+    if isinstance(scheduler, Mapping):
+        return dict(scheduler)
+    config = getattr(scheduler, "config", None)
+    if isinstance(config, Mapping):
+        return {**config, "_class_name": type(scheduler).__name__}
+    raise TypeError(
+        f"DeltaBank.load: scheduler must be a configuration, a diffusers scheduler or a path, got {describe(scheduler)}"
+    )

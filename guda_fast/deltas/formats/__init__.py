@@ -1,0 +1,1 @@
+"""Readers of model files, one module a format; each gives a ``Weights``."""
