@@ -1,0 +1,165 @@
+"""One training loop for everything: base models, LOGO retraining and every unlearning operator."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from guda_fast._validate import check_int, check_real
+from guda_fast.diffusion.schedule import Schedule
+
+Objective = Callable[[nn.Module, torch.Generator], Tensor]
+"""Draws a batch with the generator and returns the scalar loss to minimise."""
+
+ProgressCallback = Callable[[int, int], object]
+"""Called with (steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one run.
+
+    steps: optimiser steps [>= 1]. lr: AdamW's learning rate [> 0]. weight_decay: [>= 0].
+    warmup_steps: the learning rate rises linearly over these steps [>= 0].
+    grad_clip: largest norm of the gradient [> 0, or None]. ema_decay: of the averaged weights that are
+    returned [0..1, or None for the last weights]; it warms up as (1 + step) / (10 + step).
+    seed: of batches, timesteps and noise.
+    """
+
+    steps: int
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    grad_clip: float | None = 1.0
+    ema_decay: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("TrainConfig", "steps", self.steps, 1)
+        check_real("TrainConfig", "lr", self.lr, 0)
+        check_real("TrainConfig", "weight_decay", self.weight_decay, 0)
+        check_int("TrainConfig", "warmup_steps", self.warmup_steps, 0)
+        check_int("TrainConfig", "seed", self.seed, 0, 2**63 - 1)
+        if self.grad_clip is not None:
+            check_real("TrainConfig", "grad_clip", self.grad_clip, 0)
+        if self.ema_decay is not None:
+            check_real("TrainConfig", "ema_decay", self.ema_decay, 0, 1)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """model: a new module with the trained (or averaged) weights, in eval mode. losses: one a step."""
+
+    model: nn.Module
+    losses: Sequence[float]
+
+
+def train(
+    model: nn.Module,
+    objective: Objective,
+    config: TrainConfig,
+    *,
+    progress: ProgressCallback | None = None,
+) -> TrainResult:
+    """Minimise ``objective`` with AdamW, starting from a copy of ``model``, which stays as it is.
+
+    model: any diffusers denoiser. objective: draws its own batches. progress: called after every step.
+
+    Returns the trained copy and its losses. Raises FloatingPointError, naming the step, when the loss is no
+    longer finite.
+    """
+    student = copy.deepcopy(model).train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (config.warmup_steps + 1)))
+    average = None if config.ema_decay is None else copy.deepcopy(student).requires_grad_(False)
+    generator = torch.Generator().manual_seed(config.seed)
+    losses = []
+    for step in range(config.steps):
+        loss = objective(student, generator)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"train: the loss must stay finite, got {losses[-1]} at step {step}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if config.grad_clip is not None:
+            nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip)
+        optimizer.step()
+        warmup.step()
+        if average is not None:
+            _update_average(average, student, min(config.ema_decay or 0.0, (1 + step) / (10 + step)))
+        if progress is not None:
+            progress(step + 1, config.steps)
+    trained = student if average is None else average
+    return TrainResult(trained.eval().requires_grad_(False), losses)
+
+
+@torch.no_grad()
+def _update_average(average: nn.Module, student: nn.Module, decay: float) -> None:
+    averaged: list[Tensor] = list(average.parameters())
+    torch._foreach_lerp_(averaged, list(student.parameters()), 1 - decay)
+    for kept, new in zip(average.buffers(), student.buffers(), strict=True):
+        kept.copy_(new)
+
+
+class DenoisingObjective:
+    """The ordinary loss, the mean squared error of the model's own prediction at uniform timesteps.
+
+    images: [(N, C, H, W), float32, in [-1, 1]]. schedule: noise scales and prediction type.
+    batch_size: images a step [>= 1]. Source: Ho et al. 2020, eq. 14.
+    """
+
+    def __init__(self, images: Tensor, schedule: Schedule, batch_size: int = 64) -> None:
+        check_int("DenoisingObjective", "batch_size", batch_size, 1)
+        self.images = images
+        self.batch_size = batch_size
+        self.noising = Noising(schedule)
+
+    def __call__(self, model: nn.Module, generator: torch.Generator) -> Tensor:
+        x_t, t, target = self.batch(generator)
+        return (predict(model, x_t, t, target.shape[1]) - target).square().mean()
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Noised images, their timesteps and the targets of a fresh batch."""
+        x0 = self.images[torch.randint(len(self.images), (self.batch_size,), generator=generator)]
+        t, eps = self.noising.sample(x0, generator)
+        return self.noising.noise(x0, eps, t), t, self.noising.target(x0, eps, t)
+
+
+class Noising:
+    """Timesteps, noise, x_t and targets of training batches, from float32 tables of the schedule."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        steps = range(len(schedule))
+        self.timesteps = len(schedule)
+        self.x0_scale, self.eps_scale = (torch.from_numpy(scale).float() for scale in schedule.scales(steps))
+        self.target_scales = [torch.from_numpy(scale).float() for scale in schedule.target_scales(steps)]
+
+    def sample(self, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Uniform timesteps [(B,), int64] and normal noise [(B, C, H, W), float32] for x0."""
+        t = torch.randint(self.timesteps, (len(x0),), generator=generator)
+        return t, torch.randn(x0.shape, generator=generator)
+
+    def noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t [(B, C, H, W), float32]."""
+        return per_image(self.x0_scale[t]) * x0 + per_image(self.eps_scale[t]) * eps
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the model should predict for x_t [(B, C, H, W), float32]."""
+        x0_scale, eps_scale = self.target_scales
+        return per_image(x0_scale[t]) * x0 + per_image(eps_scale[t]) * eps
+
+
+def per_image(values: Tensor) -> Tensor:
+    """One factor an image, shaped to multiply (B, C, H, W)."""
+    return values[:, None, None, None]
+
+
+def predict(model: nn.Module, x_t: Tensor, t: Tensor, channels: int) -> Tensor:
+    """The model's prediction, without variance channels if it has any [(B, C, H, W)]."""
+    prediction: Tensor = model(x_t, t, return_dict=False)[0]
+    return prediction[:, :channels]
