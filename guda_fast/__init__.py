@@ -1,0 +1,36 @@
+"""guda_fast: which group of training data made this generated image possible?
+
+Group attribution for diffusion models by unlearning (GUDA, arXiv 2601.22651): a delta bank holds a base model and
+one counterfactual a group, and ``attribute`` scores images by how much their ELBO drops under each.
+"""
+
+import torch  # noqa: F401 (first: the extension then shares torch's OpenMP runtime)
+
+from guda_fast._backends import explain, use_backend
+from guda_fast._version import __version__
+from guda_fast.attribution import attribute
+from guda_fast.build_config import build_config
+from guda_fast.deltas import DeltaBank
+from guda_fast.diffusion import Protocol, Schedule
+from guda_fast.errors import BackendUnavailableError, CancelledError, CheckpointError
+from guda_fast.estimators import Full
+from guda_fast.ops import add_noise, denoising_error
+from guda_fast.results import Attribution
+
+__all__ = [
+    "Attribution",
+    "BackendUnavailableError",
+    "CancelledError",
+    "CheckpointError",
+    "DeltaBank",
+    "Full",
+    "Protocol",
+    "Schedule",
+    "__version__",
+    "add_noise",
+    "attribute",
+    "build_config",
+    "denoising_error",
+    "explain",
+    "use_backend",
+]

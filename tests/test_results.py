@@ -1,0 +1,116 @@
+"""Attribution: top groups, files written and read back, and disks that fill up."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from guda_fast import Attribution
+from guda_fast.results import COLUMNS
+
+
+@pytest.fixture
+def result() -> Attribution:
+    scores = np.array([[1.0, 3.0, 3.0], [-0.1, 1e-17, -2.0]])
+    return Attribution(
+        queries=("a b.png", "ü,.png"),
+        query_ids=(7, 2**64 - 1),
+        groups=("cat", "dog", "Van Gogh"),
+        scores=scores,
+        std_error=np.abs(scores) / 10,
+        std_error_kind="samples",
+        draws=99,
+        error_base=np.array([5.0, 6.0]),
+        provenance={"base_hash": "abc", "protocol": {"seed": 42}},
+    )
+
+
+def test_top_ranks_ties_by_group_order(result) -> None:
+    top = result.top(2)
+    assert [[entry.group for entry in row] for row in top] == [["dog", "Van Gogh"], ["dog", "cat"]]
+    assert top[0][0].score == 3.0 and top[0][0].std_error == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="count must be between 1 and 3, got 4"):
+        result.top(4)
+
+
+@pytest.mark.parametrize("name", ["scores", "scores.parquet"])
+def test_parquet_round_trip(result, tmp_path, name) -> None:
+    file = result.to_parquet(tmp_path / name)
+    found = Attribution.from_parquet(tmp_path / name)
+    assert file.suffix == ".parquet"
+    for field in ("queries", "query_ids", "groups", "std_error_kind", "draws", "provenance"):
+        assert getattr(found, field) == getattr(result, field)
+    np.testing.assert_array_equal(found.scores, result.scores)
+    np.testing.assert_array_equal(found.std_error, result.std_error)
+    np.testing.assert_array_equal(found.error_base, result.error_base)
+    if name == "scores":
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        assert record["protocol"] == {"seed": 42} and record["groups"] == ["cat", "dog", "Van Gogh"]
+
+
+def test_parquet_opens_with_pandas(result, tmp_path) -> None:
+    frame = pd.read_parquet(result.to_parquet(tmp_path / "s.parquet"))
+    assert tuple(frame.columns) == COLUMNS
+    pd.testing.assert_frame_equal(frame, result.to_pandas())
+    last = frame.iloc[-1]
+    assert (last["query"], last["group"], last["query_id"]) == ("ü,.png", "Van Gogh", 2**64 - 1)
+    np.testing.assert_allclose(frame["error_group"] - frame["error_base"], frame["score"], atol=1e-15)
+
+
+def test_csv_keeps_all_digits(result, tmp_path) -> None:
+    result.to_csv(tmp_path / "wide.csv")
+    with open(tmp_path / "wide.csv", newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["query", "query_id", "cat", "dog", "Van Gogh"]
+    assert [row[:2] for row in rows] == [["a b.png", "7"], ["ü,.png", str(2**64 - 1)]]
+    np.testing.assert_array_equal([list(map(float, row[2:])) for row in rows], result.scores)
+
+
+def test_damaged_and_foreign_parquet_files_are_named(result, tmp_path) -> None:
+    file = result.to_parquet(tmp_path / "s.parquet")
+    data = file.read_bytes()
+    for content in (b"", data[: len(data) // 2], b"PAR1" + bytes(20) + b"PAR1"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"s\.parquet: must be scores written by guda_fast"):
+            Attribution.from_parquet(file)
+    pd.DataFrame({"x": [1]}).to_parquet(file)
+    with pytest.raises(ValueError, match=r"s\.parquet: must be scores written by guda_fast"):
+        Attribution.from_parquet(file)
+    with pytest.raises(FileNotFoundError):
+        Attribution.from_parquet(tmp_path / "none.parquet")
+
+
+@pytest.mark.parametrize("write", ["to_parquet(folder / 'scores.parquet')", "to_csv(folder / 'scores.csv')"])
+def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(write: str, tmp_path: Path) -> None:
+    """A file size limit makes real writes fail, as a full disk does."""
+    script = f"""
+        import pathlib, resource
+        import numpy as np, pyarrow.parquet
+        from guda_fast import Attribution
+        folder = pathlib.Path({str(tmp_path)!r})
+        n, k = 2000, 10
+        scores = np.random.default_rng(0).random((n, k))
+        result = Attribution(tuple(map(str, range(n))), tuple(range(n)), tuple(map(str, range(k))), scores, scores,
+                             "samples", 1, scores[:, 0])
+        result.{write}
+        before = {{path.name: path.read_bytes() for path in folder.iterdir()}}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        try:
+            result.{write}
+        except OSError as error:
+            print(error)
+        else:
+            raise SystemExit("the write did not fail")
+        assert {{path.name: path.read_bytes() for path in folder.iterdir()}} == before
+    """
+    found = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "scores." in found.stdout and str(tmp_path) in found.stdout
