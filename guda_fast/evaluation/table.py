@@ -1,0 +1,268 @@
+"""Tables: agreement of methods with an oracle, and which groups the scores rank high."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from guda_fast._files import atomic_write
+from guda_fast._validate import check_choice, check_int, describe
+from guda_fast.evaluation import metrics as m
+from guda_fast.evaluation.bootstrap import bootstrap_mean, check_confidence
+
+RANDOM = "random"
+# Random rankings drawn for the expected values: one a query at least, and up to this many, while all of them
+# hold no more than so many scores (16 MiB).
+_RANDOM_RANKINGS = 10_000
+_RANDOM_SCORES = 2**21
+
+_Metric = Callable[[m.FloatArray, m.FloatArray], m.FloatArray]
+
+
+@dataclass(frozen=True)
+class AgreementRow:
+    """One method's mean of one metric over queries, with its interval; see ``agreement``."""
+
+    method: str
+    metric: str
+    mean: float
+    low: float
+    high: float
+    queries: int
+    missing: int
+
+
+@dataclass(frozen=True)
+class AgreementTable:
+    """Agreement of methods with an oracle: ``rows``, and the ``confidence`` of their intervals."""
+
+    rows: tuple[AgreementRow, ...]
+    confidence: float
+
+    def to_markdown(self) -> str:
+        """The table as aligned Markdown, means with three decimals, and a line that explains it."""
+        header = [field.name for field in fields(AgreementRow)]
+        cells = []
+        for row in self.rows:
+            numbers = [_three_decimals(value) for value in (row.mean, row.low, row.high)]
+            cells.append([row.method, row.metric, *numbers, str(row.queries), str(row.missing)])
+        note = f"Mean over queries; low and high end the {100 * self.confidence:g} % bootstrap interval."
+        if any(row.method == RANDOM for row in self.rows):
+            note += f" For {RANDOM} they are where the mean of random rankings of as many queries falls."
+        return f"{_markdown(header, cells, text_columns=2)}\n{note}\n"
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows to ``path`` with all digits, missing values as ``nan``; all of it or nothing."""
+        _write_csv(path, AgreementRow, self.rows)
+
+
+@dataclass(frozen=True)
+class RankingRow:
+    """How one group stands over all queries; see ``ranking``."""
+
+    group: str
+    mean_score: float
+    top_share: float
+    mean_rank: float
+
+
+@dataclass(frozen=True)
+class RankingTable:
+    """How the groups stand over all queries: ``rows`` by rising mean rank, the number of ``queries``."""
+
+    rows: tuple[RankingRow, ...]
+    queries: int
+
+    def to_markdown(self, limit: int | None = None) -> str:
+        """The table as aligned Markdown.
+
+        limit: show the first groups only [None: all; at least 1]
+        """
+        if limit is not None:
+            limit = check_int("RankingTable.to_markdown", "limit", limit, 1)
+        shown = self.rows[:limit]
+        header = ["group", "mean score", "top for", "mean rank"]
+        cells = [
+            [row.group, f"{row.mean_score:.4g}", f"{100 * row.top_share:.1f} %", f"{row.mean_rank:.2f}"]
+            for row in shown
+        ]
+        note = f"Over {self.queries} {'query' if self.queries == 1 else 'queries'}"
+        if len(shown) < len(self.rows):
+            note += f"; the first {len(shown)} of {len(self.rows)} groups"
+        return f"{_markdown(header, cells, text_columns=1)}\n{note}.\n"
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows to ``path`` with all digits; all of it or nothing."""
+        _write_csv(path, RankingRow, self.rows)
+
+
+def agreement(
+    scores: ArrayLike | Mapping[str, ArrayLike],
+    oracle: ArrayLike,
+    *,
+    metrics: Sequence[str] | None = None,
+    gain: str = "exponential",
+    seed: int = 0,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+) -> AgreementTable:
+    """Compare score matrices with an oracle's: mean of each metric over queries, with a bootstrap interval.
+
+    A method ``random`` is added: the expected values of uniformly random rankings, from a seeded draw, and
+    the range in which the mean over as many queries falls. The oracle's own noise is read from a row of its
+    own: pass the scores of a second oracle, with another training seed, as one of the methods.
+
+    scores: the method's scores [(N, K), real and finite, N >= 1, K >= 2], or several by method name
+    oracle: the oracle's scores [(N, K), real and finite]
+    metrics: of "top-k", "NDCG@k" with 1 <= k <= K, "MRR", "RBO", "Spearman", "Kendall"
+        [None: top-1, MRR, NDCG@3 (NDCG@2 when K is 2), Spearman]
+    gain: of every NDCG, "exponential" or "linear"; a linear one says so in the metric's name
+    seed: of the bootstrap and the random rankings [0 to 2^64 - 1]
+    confidence: coverage of the intervals [above 0, below 1]
+    resamples: bootstrap samples [at least 1]
+    Returns: the ``AgreementTable``, methods in the given order, metrics within them
+    Raises: TypeError, ValueError for other arguments; ModuleNotFoundError without scipy for rank correlations
+
+    >>> table = agreement([[3.0, 2.0, 1.0]], [[6.0, 5.0, 4.0]], metrics=["MRR"])
+    >>> table.rows[0]
+    AgreementRow(method='scores', metric='MRR', mean=1.0, low=1.0, high=1.0, queries=1, missing=0)
+    """
+    methods, reference = _check_methods(scores, oracle)
+    confidence = check_confidence("agreement", confidence)
+    seed = check_int("agreement", "seed", seed, 0, 2**64 - 1)
+    resamples = check_int("agreement", "resamples", resamples, 1)
+    measures = _metrics(metrics, gain, reference.shape[1])
+
+    def row(method: str, metric: str, values: m.FloatArray, draws: int = 1) -> AgreementRow:
+        present = int((~np.isnan(values)).sum()) // draws
+        interval = bootstrap_mean(
+            values,
+            confidence=confidence,
+            resamples=resamples,
+            seed=seed,
+            sample_size=max(1, present),
+        )
+        counts = (present, len(values) // draws - present)
+        return AgreementRow(method, metric, *interval[:3], *counts)
+
+    rows = [
+        row(method, metric, measure(matrix, reference))
+        for method, matrix in methods.items()
+        for metric, measure in measures.items()
+    ]
+    rows += [row(RANDOM, metric, *_random_values(measure, reference, seed)) for metric, measure in measures.items()]
+    return AgreementTable(tuple(rows), confidence)
+
+
+def ranking(groups: Sequence[str], scores: ArrayLike) -> RankingTable:
+    """Summarise a score matrix by group: mean score, share of queries where it is top, mean rank.
+
+    groups: the groups' names [K]
+    scores: the scores [(N, K), real and finite, N >= 1, K >= 2]; among equal ones the lower group is first
+    Returns: the ``RankingTable``, best mean rank first
+    Raises: TypeError, ValueError for other arguments
+
+    >>> print(ranking(["cat", "dog"], [[1.0, 3.0], [2.0, 4.0]]).to_markdown().splitlines()[2])
+    | dog   |        3.5 | 100.0 % |      1.00 |
+    """
+    matrix = _check_rows("ranking", "scores", scores)
+    names = m.check_names("ranking", "groups", groups, matrix.shape[1])
+    ranks = m.descending_ranks(matrix)
+    rows = [
+        RankingRow(name, *(float(value) for value in values))
+        for name, *values in zip(names, matrix.mean(axis=0), (ranks == 1).mean(axis=0), ranks.mean(axis=0), strict=True)
+    ]
+    return RankingTable(tuple(sorted(rows, key=lambda row: row.mean_rank)), len(matrix))
+
+
+def _check_methods(
+    scores: ArrayLike | Mapping[str, ArrayLike], oracle: ArrayLike
+) -> tuple[dict[str, m.FloatArray], m.FloatArray]:
+    given: Mapping[str, Any] = scores if isinstance(scores, Mapping) else {"scores": scores}
+    if not given:
+        raise ValueError("agreement: scores must have at least one method, got an empty mapping")
+    reference = _check_rows("agreement", "oracle", oracle)
+    methods = {}
+    for method, matrix in given.items():
+        if not isinstance(method, str):
+            raise TypeError(f"agreement: scores must have method names as keys, got {describe(method)}")
+        if not method or method == RANDOM:
+            raise ValueError(f"agreement: a method must have a name other than {RANDOM!r}, got {method!r}")
+        methods[method] = m.check_score_pair("agreement", matrix, reference)[0]
+    return methods, reference
+
+
+def _check_rows(where: str, name: str, value: ArrayLike) -> m.FloatArray:
+    matrix = m.check_scores(where, name, value)
+    if not len(matrix):
+        raise ValueError(f"{where}: {name} must have at least one query, got shape {matrix.shape}")
+    return matrix
+
+
+def _metrics(names: Sequence[str] | None, gain: str, groups: int) -> dict[str, _Metric]:
+    check_choice("agreement", "gain", gain, ("exponential", "linear"))
+    if names is None:
+        names = ("top-1", "MRR", f"NDCG@{min(3, groups)}", "Spearman")
+    m.check_names("agreement", "metrics", names)
+    if not names:
+        raise ValueError("agreement: metrics must have at least one metric, got none")
+    return dict(_metric(name, gain, groups) for name in names)
+
+
+def _metric(name: str, gain: str, groups: int) -> tuple[str, _Metric]:
+    plain = {"MRR": m.mrr, "RBO": m.rbo, "Spearman": m.spearman, "Kendall": m.kendall}
+    if name in plain:
+        return name, plain[name]
+    match = re.fullmatch(r"(top-|NDCG@)([1-9][0-9]*)", name)
+    if match is None:
+        wanted = "'top-k', 'NDCG@k', " + ", ".join(repr(choice) for choice in plain)
+        raise ValueError(f"agreement: metrics must be among {wanted}, got {describe(name)}")
+    k = check_int("agreement", f"k in {name!r}", int(match[2]), 1, groups)
+    if match[1] == "top-":
+        return name, lambda s, g: m.top_k_overlap(s, g, k)
+    label = name if gain == "exponential" else f"{name} (linear)"
+    return label, lambda s, g: m.ndcg(s, g, k, gain)
+
+
+def _random_values(measure: _Metric, oracle: m.FloatArray, seed: int) -> tuple[m.FloatArray, int]:
+    """The metric of every query at several random rankings [(draws * N,)], and how many draws."""
+    draws = max(1, min(-(-_RANDOM_RANKINGS // len(oracle)), _RANDOM_SCORES // oracle.size))
+    repeated = np.tile(oracle, (draws, 1))
+    # Ranking independent uniform numbers is a uniformly random permutation.
+    return measure(np.random.default_rng(seed).random(repeated.shape), repeated), draws
+
+
+def _three_decimals(value: float) -> str:
+    # Adding zero makes a rounded negative zero positive.
+    return "missing" if math.isnan(value) else f"{round(value, 3) + 0.0:.3f}"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int) -> str:
+    """Markdown with padded columns, the first ``text_columns`` left-aligned, the others right-aligned."""
+    cells = [[re.sub(r"\s+", " ", cell).replace("|", r"\|") for cell in row] for row in (header, *rows)]
+    widths = [max(3, *(len(cell) for cell in column)) for column in zip(*cells, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if column < text_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |\n"
+
+    rule = ["-" * width if column < text_columns else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+    return line(cells[0]) + line(rule) + "".join(line(row) for row in cells[1:])
+
+
+def _write_csv(path: str | os.PathLike[str], kind: type[Any], rows: Sequence[Any]) -> None:
+    with atomic_write(path, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([field.name for field in fields(kind)])
+        writer.writerows(astuple(row) for row in rows)
