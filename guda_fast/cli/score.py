@@ -1,0 +1,136 @@
+"""guda-fast score: attribute() from the command line."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from guda_fast.results import RECORD, Attribution
+
+_Queries = Annotated[Path, typer.Argument(help="A folder of images, read recursively.")]
+_Base = Annotated[Path, typer.Option(help="The full-data model: a diffusers folder.")]
+_Group = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=PATH of an unlearned model: a diffusers folder or a state dict; once a group."),
+]
+_Groups = Annotated[Path | None, typer.Option(help="A folder with one unlearned model a sub-folder, named by it.")]
+_Scheduler = Annotated[Path | None, typer.Option(help="scheduler_config.json, if it is not beside the base.")]
+_Out = Annotated[Path, typer.Option(help="Gets scores.parquet, scores.csv and run.json.")]
+
+
+def score(
+    context: typer.Context,
+    queries: _Queries,
+    base: _Base,
+    group: _Group = None,
+    groups: _Groups = None,
+    scheduler: _Scheduler = None,
+    out: _Out = Path("scores"),
+    start: Annotated[int, typer.Option(help="First timestep.")] = 10,
+    stop: Annotated[int | None, typer.Option(help="Timesteps stay below this.")] = None,
+    stride: Annotated[int, typer.Option(help="Distance between timesteps.")] = 10,
+    weighting: Annotated[str, typer.Option(help="elbo, elbo_fixed_large or simple.")] = "elbo",
+    samples: Annotated[int, typer.Option(help="Noise samples a timestep.")] = 1,
+    antithetic: Annotated[bool, typer.Option(help="Every second sample negates the one before.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 42,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a forward.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
+    precision: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    top: Annotated[int, typer.Option(help="Groups to print a query.", min=1)] = 3,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the cost only.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a result that is in --out already.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            is_eager=True, callback=lambda context, value: _replay(context, value), help="A run.json to replay."
+        ),
+    ] = None,
+) -> None:
+    """Score images by how much their ELBO drops under each unlearned model."""
+    from guda_fast import DeltaBank, Protocol, attribute
+
+    if (out / RECORD).exists() and not (force or dry_run):
+        raise FileExistsError(f"--out: {out} must not hold a result already, found {out / RECORD}; pass --force")
+    bank = DeltaBank.load(base, _sources(group, groups), scheduler=scheduler)
+    if bank.scheduler is None:
+        raise ValueError(f"--scheduler: must be given, found no scheduler_config.json in or beside {base}")
+    protocol = Protocol.from_scheduler(
+        bank.scheduler,
+        start=start,
+        stop=stop,
+        stride=stride,
+        weighting=weighting,
+        samples=samples,
+        antithetic=antithetic,
+        seed=seed,
+    )
+    if dry_run:
+        from guda_fast.cli.cost import print_cost
+
+        print_cost(queries, bank, protocol, batch_size=batch_size, device=device, precision=precision)
+        return
+    begin = time.perf_counter()
+    result = attribute(
+        queries, bank, protocol, batch_size=batch_size, device=device, precision=precision, progress=True
+    )
+    _write(result, out, {key: value for key, value in context.params.items() if key not in _NOT_REPLAYED})
+    _print_top(result, min(top, len(bank.groups)))
+    typer.echo(f"{len(result)} queries x {len(bank.groups)} groups in {time.perf_counter() - begin:.1f} s -> {out}")
+
+
+_NOT_REPLAYED = ("out", "dry_run", "force", "config", "top")
+
+
+def _sources(group: list[str] | None, groups: Path | None) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for entry in group or []:
+        name, separator, path = entry.partition("=")
+        if not (name and separator and path):
+            raise ValueError(f"--group: must be NAME=PATH, got {entry!r}")
+        if name in found:
+            raise ValueError(f"--group: names must differ, got {name!r} twice")
+        found[name] = Path(path)
+    if groups is not None:
+        if not groups.is_dir():
+            raise FileNotFoundError(f"--groups: must be a folder, found no folder {groups}")
+        for folder in sorted(groups.iterdir()):
+            if folder.is_dir() and not folder.name.startswith("."):
+                if folder.name in found:
+                    raise ValueError(f"--groups: names must differ from those of --group, got {folder.name!r} twice")
+                found[folder.name] = folder
+    if not found:
+        where = f"; {groups} has no sub-folder" if groups is not None else ""
+        raise ValueError(f"--group or --groups: must name at least one unlearned model, got none{where}")
+    return found
+
+
+def _write(result: Attribution, out: Path, config: Mapping[str, Any]) -> None:
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in config.items()}
+    named = result.with_provenance(config=plain)
+    named.to_parquet(out)
+    named.to_csv(out / "scores.csv")
+
+
+def _print_top(result: Attribution, count: int, limit: int = 20) -> None:
+    for name, ranked in list(zip(result.queries, result.top(count), strict=True))[:limit]:
+        shown = "   ".join(f"{entry.group}  {entry.score:.4g} +- {entry.std_error:.2g}" for entry in ranked)
+        typer.echo(f"{name}   {shown}")
+    if len(result) > limit:
+        typer.echo(f"... and {len(result) - limit} more")
+
+
+def _replay(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the defaults of all other parameters from a run.json."""
+    if path is None:
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))["config"]
+        context.default_map = {**dict(context.default_map or {}), **config}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise typer.BadParameter(f"{path} must be the run.json of a score run, found {error!r}") from error
+    return path
