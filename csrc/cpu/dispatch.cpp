@@ -4,6 +4,10 @@
 
 #include "common/check.h"
 
+#if GUDA_FAST_WITH_AVX2
+#include <cpuid.h>
+#endif
+
 namespace guda_fast::cpu {
 namespace {
 
@@ -20,12 +24,19 @@ struct Candidate {
   bool (*runs_here)();
 };
 
+#if GUDA_FAST_WITH_AVX2
+// Clang 14 refuses __builtin_cpu_supports("f16c").
+bool has_f16c() {
+  unsigned int eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 // Each test covers every flag that the set's files are compiled with.
 const Candidate kCandidates[] = {
     {GUDA_FAST_KERNELS(baseline), [] { return true; }},
 #if GUDA_FAST_WITH_AVX2
-    {GUDA_FAST_KERNELS(avx2),
-     [] { return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("f16c") != 0; }},
+    {GUDA_FAST_KERNELS(avx2), [] { return __builtin_cpu_supports("avx2") != 0 && has_f16c(); }},
 #endif
 #if GUDA_FAST_WITH_AVX512
     {GUDA_FAST_KERNELS(avx512),

@@ -76,67 +76,75 @@ GUDA_FAST_INLINE VecF sqrt(VecF a) {
 #endif
 }
 
+// The given lanes of a followed by b. Compilers make one shuffle of it, the same instructions as from
+// __builtin_shufflevector, which GCC 11 lacks.
+template <typename Out, int... lanes, typename Vec>
+GUDA_FAST_INLINE Out shuffle(Vec a, Vec b) {
+  constexpr int count = sizeof(a) / sizeof(a[0]);
+  return Out{(lanes < count ? a[lanes % count] : b[lanes % count])...};
+}
+
 // Within each 128-bit lane: a0 b0 a1 b1, and a2 b2 a3 b3.
 template <typename Vec>
 GUDA_FAST_INLINE Vec interleave_low(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+  return shuffle<Vec, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29>(a, b);
 #elif defined(__AVX2__)
-  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
+  return shuffle<Vec, 0, 8, 1, 9, 4, 12, 5, 13>(a, b);
 #else
-  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  return shuffle<Vec, 0, 4, 1, 5>(a, b);
 #endif
 }
 
 template <typename Vec>
 GUDA_FAST_INLINE Vec interleave_high(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  return shuffle<Vec, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31>(a, b);
 #elif defined(__AVX2__)
-  return __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+  return shuffle<Vec, 2, 10, 3, 11, 6, 14, 7, 15>(a, b);
 #else
-  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  return shuffle<Vec, 2, 6, 3, 7>(a, b);
 #endif
 }
 
 // Within each 128-bit lane: the low 64 bits of a, then of b; and the high ones.
 GUDA_FAST_INLINE VecU64 pair_low(VecU64 a, VecU64 b) {
 #if defined(__AVX512F__)
-  return __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
+  return shuffle<VecU64, 0, 8, 2, 10, 4, 12, 6, 14>(a, b);
 #elif defined(__AVX2__)
-  return __builtin_shufflevector(a, b, 0, 4, 2, 6);
+  return shuffle<VecU64, 0, 4, 2, 6>(a, b);
 #else
-  return __builtin_shufflevector(a, b, 0, 2);
+  return shuffle<VecU64, 0, 2>(a, b);
 #endif
 }
 
 GUDA_FAST_INLINE VecU64 pair_high(VecU64 a, VecU64 b) {
 #if defined(__AVX512F__)
-  return __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+  return shuffle<VecU64, 1, 9, 3, 11, 5, 13, 7, 15>(a, b);
 #elif defined(__AVX2__)
-  return __builtin_shufflevector(a, b, 1, 5, 3, 7);
+  return shuffle<VecU64, 1, 5, 3, 7>(a, b);
 #else
-  return __builtin_shufflevector(a, b, 1, 3);
+  return shuffle<VecU64, 1, 3>(a, b);
 #endif
 }
 
 GUDA_FAST_INLINE HalfF low_half(VecF a) {
 #if defined(__AVX512F__)
-  return __builtin_shufflevector(a, a, 0, 1, 2, 3, 4, 5, 6, 7);
+  return shuffle<HalfF, 0, 1, 2, 3, 4, 5, 6, 7>(a, a);
 #elif defined(__AVX2__)
-  return __builtin_shufflevector(a, a, 0, 1, 2, 3);
+  return shuffle<HalfF, 0, 1, 2, 3>(a, a);
 #else
-  return __builtin_shufflevector(a, a, 0, 1);
+  return shuffle<HalfF, 0, 1>(a, a);
 #endif
 }
 
 GUDA_FAST_INLINE HalfF high_half(VecF a) {
 #if defined(__AVX512F__)
-  return __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15);
+  return shuffle<HalfF, 8, 9, 10, 11, 12, 13, 14, 15>(a, a);
 #elif defined(__AVX2__)
-  return __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  return shuffle<HalfF, 4, 5, 6, 7>(a, a);
 #else
-  return __builtin_shufflevector(a, a, 2, 3);
+  return shuffle<HalfF, 2, 3>(a, a);
 #endif
 }
 
