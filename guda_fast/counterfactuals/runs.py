@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from guda_fast.errors import CheckpointError
 
 RECORD = "training.json"
@@ -49,8 +51,10 @@ def unfinished(folder: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)
         temporary.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):  # safetensors has no class of its own for a full disk
+            raise OSError(f"{folder}: cannot be written ({error})") from error
         raise
 
 
