@@ -8,10 +8,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from tiny import tiny_unet
 
 from guda_fast import CheckpointError
 from guda_fast.counterfactuals.runs import finished, save_run, unfinished
+from tiny import tiny_unet
 
 SETTINGS = {"run": "base", "steps": 3, "lr": 0.001, "grad_clip": None}
 

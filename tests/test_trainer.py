@@ -59,6 +59,15 @@ def test_ema_follows_the_warming_decay() -> None:
     assert averaged == pytest.approx(expected, rel=1e-6)
 
 
+def test_learning_rate_rises_linearly_and_decays_as_a_cosine() -> None:
+    config = TrainConfig(14, warmup_steps=4, decay="cosine")
+    factors = [config.lr_factor(step) for step in range(14)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[9] == pytest.approx(0.5)
+    assert sorted(factors[4:], reverse=True) == factors[4:] and 0 < factors[-1] < 0.03
+    assert {TrainConfig(14).lr_factor(step) for step in range(14)} == {1.0}
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_targets_follow_the_prediction_type(prediction_type: str) -> None:
     noising = Noising(Schedule(SCHEDULE.betas, prediction_type))
@@ -83,6 +92,7 @@ def test_a_diverging_run_names_its_step() -> None:
     ("options", "message"),
     [
         ({"steps": 0}, "steps must be at least 1"),
+        ({"decay": "linear"}, "decay must be one of 'constant', 'cosine'"),
         ({"lr": -1.0}, "lr must be finite and at least 0"),
         ({"ema_decay": 1.5}, "ema_decay must be between 0 and 1"),
         ({"grad_clip": float("nan")}, "grad_clip must be finite"),

@@ -137,7 +137,13 @@ class _Demo:
         from guda_fast.counterfactuals.runs import finished, unfinished, write_record
         from guda_fast.diffusion.sampling import sample_images
 
-        settings = {"run": "queries", "queries": self.size.queries, "steps": self.size.steps, "seed": self.seed}
+        settings = {
+            "run": "queries",
+            "queries": self.size.queries,
+            "sampler": "ddpm",
+            "steps": self.size.steps,
+            "seed": self.seed,
+        }
         folder = self.out / "queries"
         if finished(folder, settings):
             return

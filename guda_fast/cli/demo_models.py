@@ -32,7 +32,9 @@ class Recipe:
 
     def from_scratch(self) -> TrainConfig:
         """Settings of base and LOGO trainings."""
-        return TrainConfig(self.steps, lr=1e-3, warmup_steps=100, ema_decay=0.995, seed=self.seed)
+        return TrainConfig(
+            self.steps, lr=1e-3, warmup_steps=min(100, self.steps // 4), decay="cosine", ema_decay=0.995, seed=self.seed
+        )
 
     def unlearning(self) -> TrainConfig:
         """Settings of unlearning runs."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from guda_fast._validate import check_int, check_real
+from guda_fast._validate import check_choice, check_int, check_real
 from guda_fast.diffusion.schedule import Schedule
 
 Objective = Callable[[nn.Module, torch.Generator], Tensor]
@@ -26,6 +26,7 @@ class TrainConfig:
 
     steps: optimiser steps [>= 1]. lr: AdamW's learning rate [> 0]. weight_decay: [>= 0].
     warmup_steps: the learning rate rises linearly over these steps [>= 0].
+    decay: what it does afterwards ["constant", or "cosine" down to 0 at the last step].
     grad_clip: largest norm of the gradient [> 0, or None]. ema_decay: of the averaged weights that are
     returned [0..1, or None for the last weights]; it warms up as (1 + step) / (10 + step).
     seed: of batches, timesteps and noise.
@@ -35,6 +36,7 @@ class TrainConfig:
     lr: float = 1e-3
     weight_decay: float = 0.0
     warmup_steps: int = 0
+    decay: str = "constant"
     grad_clip: float | None = 1.0
     ema_decay: float | None = None
     seed: int = 0
@@ -44,11 +46,20 @@ class TrainConfig:
         check_real("TrainConfig", "lr", self.lr, 0)
         check_real("TrainConfig", "weight_decay", self.weight_decay, 0)
         check_int("TrainConfig", "warmup_steps", self.warmup_steps, 0)
+        check_choice("TrainConfig", "decay", self.decay, ("constant", "cosine"))
         check_int("TrainConfig", "seed", self.seed, 0, 2**63 - 1)
         if self.grad_clip is not None:
             check_real("TrainConfig", "grad_clip", self.grad_clip, 0)
         if self.ema_decay is not None:
             check_real("TrainConfig", "ema_decay", self.ema_decay, 0, 1)
+
+    def lr_factor(self, step: int) -> float:
+        """The learning rate of a step as a share of ``lr``."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.decay == "constant":
+            return 1.0
+        return (1 + math.cos(math.pi * (step - self.warmup_steps) / (self.steps - self.warmup_steps))) / 2
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ def train(
     """
     student = copy.deepcopy(model).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (config.warmup_steps + 1)))
+    learning_rate = torch.optim.lr_scheduler.LambdaLR(optimizer, config.lr_factor)
     average = None if config.ema_decay is None else copy.deepcopy(student).requires_grad_(False)
     generator = torch.Generator().manual_seed(config.seed)
     losses = []
@@ -89,7 +100,7 @@ def train(
         if config.grad_clip is not None:
             nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip)
         optimizer.step()
-        warmup.step()
+        learning_rate.step()
         if average is not None:
             _update_average(average, student, min(config.ema_decay or 0.0, (1 + step) / (10 + step)))
         if progress is not None:

@@ -1,12 +1,15 @@
-"""Generated images, through the pipelines of diffusers."""
+"""Generated images, through the schedulers of diffusers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from guda_fast._validate import check_int
 
@@ -16,30 +19,46 @@ def sample_images(
     scheduler: Any,
     count: int,
     *,
-    steps: int = 100,
+    steps: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Unconditional images drawn by DDIM.
+    """Unconditional images drawn by ancestral sampling, which follows the model's own distribution.
 
     model: a denoiser such as UNet2DModel. scheduler: a diffusers scheduler with the model's noise schedule.
-    count: images [>= 1]. steps: denoising steps [>= 1]. seed: of the initial noise. batch_size: a forward.
+    count: images [>= 1]. steps: denoising steps [1..T; None for all T]. seed: of all noise.
+    batch_size: images a forward [>= 1].
 
-    Returns pixels [(count, H, W, C), uint8]. Source: Song et al. 2021 (DDIM), eq. 12 with eta = 0.
+    Returns pixels [(count, H, W, C), uint8]. Source: Ho et al. 2020, algorithm 2.
     """
-    from diffusers import DDIMPipeline, DDIMScheduler  # heavy, and only needed here
+    from diffusers import DDPMScheduler  # heavy, and only needed here
 
     check_int("sample_images", "count", count, 1)
-    pipeline: Any = DDIMPipeline(model, DDIMScheduler.from_config(scheduler.config))
-    pipeline.set_progress_bar_config(disable=True)
+    check_int("sample_images", "batch_size", batch_size, 1)
+    ancestral: Any = DDPMScheduler.from_config(scheduler.config)
+    trained_steps = ancestral.config.num_train_timesteps
+    steps = trained_steps if steps is None else check_int("sample_images", "steps", steps, 1, trained_steps)
+    ancestral.set_timesteps(steps)
     generator = torch.Generator().manual_seed(seed)
     batches = []
-    for start in range(0, count, batch_size):
-        output = pipeline(
-            batch_size=min(batch_size, count - start),
-            generator=generator,
-            num_inference_steps=steps,
-            output_type="np",
-        )
-        batches.append(np.round(output.images * 255).astype(np.uint8))
+    with tqdm(total=count * steps, desc="generate", unit="forward", unit_scale=True, dynamic_ncols=True) as bar:
+        for start in range(0, count, batch_size):
+            size = min(batch_size, count - start)
+            batches.append(_sample_batch(model, ancestral, size, generator, partial(bar.update, size)))
     return np.concatenate(batches)
+
+
+@torch.inference_mode()
+def _sample_batch(
+    model: Any, scheduler: Any, size: int, generator: torch.Generator, advance: Callable[[], object]
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    height_width = model.config.sample_size
+    if isinstance(height_width, int):
+        height_width = (height_width, height_width)
+    x_t = torch.randn((size, model.config.in_channels, *height_width), generator=generator)
+    for t in scheduler.timesteps:
+        prediction = model(x_t, t, return_dict=False)[0]
+        x_t = scheduler.step(prediction, t, x_t, generator=generator, return_dict=False)[0]
+        advance()
+    pixels = (x_t / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).numpy()
