@@ -75,14 +75,13 @@ def test_loss_is_retain_plus_weighted_forget() -> None:
 
 
 @pytest.mark.slow
-def test_unlearning_raises_the_groups_loss_and_keeps_the_rest() -> None:
+def test_unlearning_raises_the_groups_loss_far_more_than_the_rests() -> None:
     data = load_digits()
     base = train(
         tiny_unet(), DenoisingObjective(data.images, SCHEDULE), TrainConfig(400, lr=3e-3, ema_decay=0.98)
     ).model
-    unlearned = train(
-        base, ReTrackObjective(data.only("0"), data.without("0"), SCHEDULE, weight=1.0), TrainConfig(100, lr=1e-3)
-    ).model
+    objective = ReTrackObjective(data.only("0"), data.without("0"), SCHEDULE)
+    unlearned = train(base, objective, TrainConfig(100, lr=3e-4)).model
 
     @torch.no_grad()
     def loss(model: torch.nn.Module, images: torch.Tensor) -> float:
@@ -90,10 +89,11 @@ def test_unlearning_raises_the_groups_loss_and_keeps_the_rest() -> None:
         generator = torch.Generator().manual_seed(0)
         return sum(float(objective(model, generator)) for _ in range(8)) / 8
 
-    forgotten = loss(unlearned, data.only("0")) / loss(base, data.only("0"))
-    retained = loss(unlearned, data.without("0")) / loss(base, data.without("0"))
-    assert forgotten > retained + 0.02
-    assert retained < 1.05
+    forgotten = loss(unlearned, data.only("0")) / loss(base, data.only("0")) - 1
+    retained = loss(unlearned, data.without("0")) / loss(base, data.without("0")) - 1
+    # A change that does not know the group would raise both alike.
+    assert forgotten > 0.5
+    assert forgotten > 10 * abs(retained)
 
 
 def test_errors() -> None:

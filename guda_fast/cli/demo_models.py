@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from guda_fast.counterfactuals import DenoisingObjective, ReTrackObjective, TrainConfig, train
+from guda_fast.counterfactuals import DenoisingObjective, ReTrackObjective, TrainConfig, TrainResult, train
 from guda_fast.counterfactuals.runs import finished, save_run
 from guda_fast.counterfactuals.trainer import Objective
 from guda_fast.datasets import GroupedImages
@@ -65,6 +65,17 @@ def digits_unet(seed: int) -> nn.Module:
             norm_num_groups=8,
         )
     return cast(nn.Module, model)
+
+
+def _timed_training(
+    name: str, start: nn.Module, objective: Objective, config: TrainConfig
+) -> tuple[TrainResult, float]:
+    """The result and its wall time. The bar is gone before the result is saved: Python ignores a Ctrl-C that
+    arrives while an object is being freed."""
+    with tqdm(total=config.steps, desc=f"train {name}", unit="step", dynamic_ncols=True) as bar:
+        begin = time.perf_counter()
+        result = train(start, objective, config, progress=lambda done, _: bar.update(done - bar.n))
+        return result, time.perf_counter() - begin
 
 
 class ModelStages:
@@ -129,10 +140,7 @@ class ModelStages:
         for name, objective in runs:
             if finished(self.folder / name, {"run": name, **settings}):
                 continue
-            with tqdm(total=config.steps, desc=f"train {name}", unit="step", dynamic_ncols=True) as bar:
-                begin = time.perf_counter()
-                result = train(start, objective(), config, progress=lambda done, _: bar.update(done - bar.n))
-                seconds = time.perf_counter() - begin
+            result, seconds = _timed_training(name, start, objective(), config)
             model = self._as_pipeline(result.model) if name == "base" else result.model
             save_run(self.folder / name, model, {"run": name, **settings}, result.losses, seconds)
 
