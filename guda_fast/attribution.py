@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -64,10 +64,16 @@ def attribute(
     FloatingPointError where a model gives NaN or infinity.
     Source: GUDA (arXiv 2601.22651), eq. for the delta-ELBO score; docs/scores.md.
     """
+    estimator = Full() if estimator is None else estimator
+    if not isinstance(estimator, Full):
+        raise TypeError(f"attribute: estimator must be an estimator such as Full(), got {describe(estimator)}")
+    if not (isinstance(progress, bool) or callable(progress)):
+        raise TypeError(f"attribute: progress must be a bool or a callback, got {describe(progress)}")
+    if not (cancel is None or callable(cancel)):
+        raise TypeError(f"attribute: cancel must be a callback, got {describe(cancel)}")
     plan, query_set = prepare(
         queries, bank, protocol, ids=ids, batch_size=batch_size, device=device, precision=precision
     )
-    estimator = estimator or Full()
     total = estimator.forwards(len(query_set.x0), len(bank.groups), protocol)
     with _progress_bar(progress, total) as bar:
         report = progress if callable(progress) else None
@@ -103,10 +109,15 @@ def prepare(
     if not isinstance(protocol, Protocol):
         raise TypeError(f"attribute: protocol must be a Protocol, got {describe(protocol)}")
     check_choice("attribute", "precision", precision, PRECISIONS)
+    if bank.applied_group is not None:
+        raise ValueError(
+            f"attribute: bank must hold its base, got group {bank.applied_group!r} applied; call bank.restore()"
+        )
+    _check_unconditional(bank.model)
     _check_schedule(bank, protocol)
+    place = _check_device(device)
     query_set = _load(queries, bank.model, ids)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    plan = SwapPlan(bank, protocol, batch_size=batch_size, device=device, dtype=PRECISIONS[precision])
+    plan = SwapPlan(bank, protocol, batch_size=batch_size, device=place, dtype=PRECISIONS[precision])
     return plan, query_set
 
 
@@ -137,6 +148,30 @@ def _progress_bar(progress: bool | ProgressCallback, total: int) -> Any:
     if progress is True:
         return tqdm(total=total, desc="score", unit="forward", unit_scale=True, dynamic_ncols=True)
     return nullcontext(None)
+
+
+def _check_device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"attribute: device must be a device such as 'cpu' or 'cuda', got {device!r}") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"attribute: device must be available, got {device!r} where torch finds no CUDA device")
+    return chosen
+
+
+_CONDITIONS = ("num_class_embeds", "class_embed_type", "cross_attention_dim", "num_embeds_ada_norm")
+
+
+def _check_unconditional(model: nn.Module) -> None:
+    config = getattr(model, "config", {})
+    for key in _CONDITIONS:
+        if isinstance(config, Mapping) and config.get(key) is not None:
+            raise ValueError(
+                f"attribute: bank must hold an unconditional model, got {type(model).__name__} with {key}={config[key]}"
+            )
 
 
 def _check_schedule(bank: DeltaBank, protocol: Protocol) -> None:

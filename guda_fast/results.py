@@ -91,11 +91,12 @@ class Attribution:
         file = Path(path) / SCORES if Path(path).is_dir() else Path(path)
         data = file.read_bytes()  # so that below OSError can only mean damaged content
         try:
-            table = pq.read_table(pa.BufferReader(data))
+            # pyarrow's threads would outlive the interpreter that owns these bytes.
+            table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
             record = json.loads((table.schema.metadata or {})[b"guda_fast"])
-            count, groups = record.pop("queries"), record.pop("groups")
+            count, groups, kind = (record.pop(key) for key in ("queries", "groups", "std_error_kind"))
             columns = {name: table[name].to_numpy().reshape(count, len(groups)) for name in COLUMNS if name != "group"}
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        except (pa.ArrowException, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{file}: must be scores written by guda_fast, found {error}") from error
         return cls(
             queries=tuple(columns["query"][:, 0]),
@@ -103,7 +104,7 @@ class Attribution:
             groups=tuple(groups),
             scores=columns["score"].copy(),
             std_error=columns["std_error"].copy(),
-            std_error_kind=record.pop("std_error_kind"),
+            std_error_kind=kind,
             draws=int(columns["draws"].flat[0]),
             error_base=columns["error_base"][:, 0].copy(),
             provenance=record,
@@ -161,6 +162,7 @@ class Attribution:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write a wide CSV, one row a query: query, query_id, then a score a group with all digits."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path, "w") as stream:
             writer = csv.writer(stream)
             writer.writerow(["query", "query_id", *self.groups])

@@ -51,8 +51,10 @@ def gaussian_kl_scores(models, images, protocol, ids) -> np.ndarray:
     for i, image in enumerate(images.double()):
         for t in protocol.timesteps:
             for s in range(protocol.samples):
-                eps = reference.standard_normals(ids[i : i + 1], torch.tensor([t]), torch.tensor([s]), image.numel(),
-                                        seed=protocol.seed, dtype=torch.float64).reshape(image.shape)  # fmt: skip
+                negated = protocol.antithetic and s % 2 == 1
+                counters = (ids[i : i + 1], torch.tensor([t]), torch.tensor([s - negated]), image.numel())
+                eps = reference.standard_normals(*counters, seed=protocol.seed, dtype=torch.float64)
+                eps = (-eps if negated else eps).reshape(image.shape)
                 x_t = np.sqrt(bar[t]) * image + np.sqrt(1 - bar[t]) * eps
                 previous, beta = bar[t - 1], betas[t]
                 variance = beta * (1 - previous) / (1 - bar[t])
@@ -75,23 +77,26 @@ def gaussian_kl_scores(models, images, protocol, ids) -> np.ndarray:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("prediction_type", "weighting", "samples", "out_channels"),
+    ("prediction_type", "weighting", "samples", "antithetic", "out_channels"),
     [
-        ("epsilon", "elbo", 1, 1),
-        ("epsilon", "elbo_fixed_large", 2, 1),
-        ("epsilon", "elbo", 1, 2),
-        ("v_prediction", "elbo", 2, 1),
-        ("sample", "elbo", 1, 1),
+        ("epsilon", "elbo", 1, False, 1),
+        ("epsilon", "elbo_fixed_large", 2, False, 1),
+        ("epsilon", "elbo", 2, True, 1),
+        ("epsilon", "elbo", 1, False, 2),
+        ("v_prediction", "elbo", 2, False, 1),
+        ("sample", "elbo", 1, False, 1),
     ],
 )
 def test_float64_scores_are_differences_of_gaussian_kls(
-    images, prediction_type, weighting, samples, out_channels
+    images, prediction_type, weighting, samples, antithetic, out_channels
 ) -> None:
     images = images[:3]
     base = tiny_unet(out_channels=out_channels).double()
     models = [base, perturbed(base, 0.01, 1), perturbed(base, 0.02, 2)]
     scheduler = DDPMScheduler(num_train_timesteps=100, prediction_type=prediction_type)
-    protocol = gf.Protocol.from_scheduler(scheduler, start=1, stride=14, weighting=weighting, samples=samples)
+    protocol = gf.Protocol.from_scheduler(
+        scheduler, start=1, stride=14, weighting=weighting, samples=samples, antithetic=antithetic
+    )
     result = gf.attribute(images, bank_of(*models, scheduler=scheduler), protocol, precision="float64")
     ids = torch.from_numpy(np.array(result.query_ids, dtype=np.uint64).view(np.int64))
     expected = gaussian_kl_scores(models, images, protocol, ids)
@@ -217,6 +222,10 @@ def test_bad_arguments(images, bank, protocol) -> None:
     cases = [
         ((images, models, protocol), {}, TypeError, "bank must be a DeltaBank"),
         ((images, bank, "elbo"), {}, TypeError, "protocol must be a Protocol, got 'elbo'"),
+        ((images, bank, protocol), {"estimator": "full"}, TypeError, "estimator must be an estimator such as Full"),
+        ((images, bank, protocol), {"progress": "yes"}, TypeError, "progress must be a bool or a callback"),
+        ((images, bank, protocol), {"cancel": True}, TypeError, "cancel must be a callback"),
+        ((images, bank, protocol), {"device": "gpu"}, ValueError, "device must be a device such as 'cpu'"),
         ((images, bank, protocol), {"precision": "float8"}, ValueError, "precision must be one of"),
         ((images, bank, protocol), {"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ((images[..., :4], bank, protocol), {}, ValueError, "query 0 must have 1 x 8 x 8"),
@@ -233,3 +242,23 @@ def test_output_channels_must_fit(images, protocol) -> None:
     base = tiny_unet(out_channels=3)
     with pytest.raises(ValueError, match="1 output channels, or 2 with learned variance, got 3"):
         gf.attribute(images, bank_of(base, perturbed(base)), protocol)
+
+
+def test_a_bank_with_a_group_applied_is_refused(images, bank, protocol) -> None:
+    bank.apply("g1")
+    with pytest.raises(ValueError, match="bank must hold its base, got group 'g1' applied"):
+        gf.attribute(images, bank, protocol)
+    assert bank.applied_group == "g1"
+
+
+def test_conditional_models_are_refused_by_name(images, protocol) -> None:
+    base = tiny_unet()
+    base.register_to_config(num_class_embeds=3)
+    with pytest.raises(ValueError, match="unconditional model, got UNet2DModel with num_class_embeds=3"):
+        gf.attribute(images, bank_of(base, perturbed(base)), protocol)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_an_absent_cuda_device_is_named(images, bank, protocol) -> None:
+    with pytest.raises(ValueError, match="device must be available, got 'cuda'"):
+        gf.attribute(images, bank, protocol, device="cuda")

@@ -77,9 +77,12 @@ def test_named_groups_in_the_given_order(files, run, tmp_path) -> None:
     assert code == 1 and "b cat=" in printed  # NAME ends at the first =
 
 
-def test_run_json_replays_the_run(files, run, tmp_path) -> None:
+def test_run_json_replays_the_run(files, run, tmp_path, monkeypatch) -> None:
     run(*score_arguments(files, "--samples", 2, "--antithetic", "--seed", 7))
-    code, printed = run("score", "--config", "scores/run.json", "--out", "again")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, printed = run("score", "--config", "../scores/run.json", "--out", "../again")
+    monkeypatch.chdir(tmp_path)
     assert code == 0, printed
     first, again = (gf.Attribution.from_parquet(name) for name in ("scores", "again"))
     np.testing.assert_array_equal(first.scores, again.scores)
@@ -147,7 +150,9 @@ def test_damaged_input_is_named_and_nothing_is_written(files, run, tmp_path, how
         (["--weighting", "ebo"], "weighting must be one of 'elbo'"),
         (["--precision", "half"], "precision must be one of 'float32', 'float64'"),
         (["--group", "cat"], "--group: must be NAME=PATH, got 'cat'"),
-        (["--group", "cat=x"], "--groups: names must differ from those of --group, got 'cat' twice"),
+        (["--group", "cat=x"], "--groups: names must differ, also from those of --group, got 'cat' twice"),
+        (["--device", "gpu"], "device must be a device such as 'cpu'"),
+        (["--out", __file__], "--out: must be a folder that can be written, found"),
         (["--groups", "nowhere"], "--groups: must be a folder, found no folder nowhere"),
         (["--scheduler", "nowhere.json"], "nowhere.json"),
     ],
@@ -177,3 +182,12 @@ def test_doctor_reports_every_backend(run) -> None:
     assert code == 0
     for word in ("guda_fast", "torch", "add_noise on cpu: reference", "denoising_error on cpu: cpp", "nvcc"):
         assert word in printed
+
+
+def test_weight_files_in_the_groups_folder_are_groups_too(files, run, tmp_path) -> None:
+    shutil.copytree(files / "unlearned" / "cat", tmp_path / "unlearned" / "cat")
+    torch.save(perturbed(tiny_unet(), 0.01, 2).state_dict(), tmp_path / "unlearned" / "dog.pt")
+    (tmp_path / "unlearned" / "notes.txt").write_text("not a model")
+    code, printed = run("score", files / "queries", "--base", files / "base", "--groups", "unlearned")
+    assert code == 0, printed
+    assert gf.Attribution.from_parquet("scores").groups == ("cat", "dog")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,7 @@ def test_other_settings_and_damaged_records_are_refused(finished: Path, tmp_path
     result = demo(finished, *TINY, "--steps", "5")
     assert result.returncode == 1
     assert "training.json: was made with other settings (steps: wanted 5, found 4)" in result.stderr
+    assert "choose another folder, or remove" in result.stderr
     folder = tmp_path / "out" / "models" / "base"
     folder.mkdir(parents=True)
     (folder / "training.json").write_text('{"settings": ')
@@ -122,3 +124,15 @@ def test_quick_takes_under_a_minute(tmp_path: Path) -> None:
     # Without the time that a cold disk takes to import torch and diffusers.
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert sum(record["seconds"].values()) < 60
+
+
+def test_another_base_is_another_run(finished: Path, tmp_path: Path) -> None:
+    """Stages made from a base are not reused with weights that changed under them."""
+    from safetensors.torch import load_file, save_file
+
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    weights = out / "models" / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({key: 1.05 * value for key, value in load_file(weights).items()}, weights)
+    result = demo(out, *TINY)
+    assert result.returncode == 1 and "was made with other settings (base: wanted" in result.stderr

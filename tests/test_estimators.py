@@ -40,6 +40,7 @@ def test_kinds() -> None:
     ]:
         assert std_error_kind(gf.Protocol(SCHEDULE, (10, 20), **options)) == kind
     assert std_error_kind(gf.Protocol(SCHEDULE, (10,))) == "none"
+    assert std_error_kind(gf.Protocol(SCHEDULE, (10,), samples=2, antithetic=True)) == "none"
 
 
 @pytest.mark.parametrize("antithetic", [False, True])

@@ -75,3 +75,17 @@ def test_from_scheduler_errors() -> None:
             Protocol.from_scheduler(SCHEDULE, **arguments)
     with pytest.raises(TypeError, match="stride must be an integer"):
         Protocol.from_scheduler(SCHEDULE, stride=2.5)
+
+
+def test_the_order_of_timesteps_does_not_matter() -> None:
+    rising = Protocol(SCHEDULE, (5, 7, 9), weighting=(1.0, 2.0, 3.0))
+    shuffled = Protocol(SCHEDULE, (9, 5, 7), weighting=(3.0, 1.0, 2.0))
+    assert shuffled.timesteps == (5, 7, 9) and shuffled.weighting == (1.0, 2.0, 3.0)
+    assert rising.to_dict() == shuffled.to_dict()
+
+
+def test_wrong_types_are_named() -> None:
+    with pytest.raises(TypeError, match="schedule must be a Schedule, got DDPMScheduler"):
+        Protocol(DDPMScheduler(), (1,))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="antithetic must be"):
+        Protocol(SCHEDULE, (1,), antithetic="no")  # type: ignore[arg-type]

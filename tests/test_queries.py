@@ -25,7 +25,6 @@ def test_query_id_hashes_these_bytes() -> None:
     values = np.array([[1.5, -2.0]], dtype=np.float32)
     assert query_id(PIXELS) == plain_id(b"image", (8, 8), PIXELS.tobytes())
     assert query_id(values) == plain_id(b"tensor", (1, 2), struct.pack("<2f", 1.5, -2.0))
-    assert query_id(values.astype(">f4").astype(np.float32)) == query_id(values)
     assert query_id(PIXELS.T) == plain_id(b"image", (8, 8), PIXELS.T.tobytes())
     for condition, tagged in [("ein Häuschen", "promptein Häuschen".encode()), (7, b"label7")]:
         assert query_id(PIXELS, condition) == plain_id(b"image", (8, 8), PIXELS.tobytes(), tagged)
@@ -56,6 +55,9 @@ def test_folders_are_read_recursively_in_sorted_order(tmp_path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(PIXELS + index).save(tmp_path / name)
     (tmp_path / "a" / ".hidden.png").write_text("not read")
+    (tmp_path / ".checkpoints").mkdir()
+    (tmp_path / ".checkpoints" / "0.png").write_text("not read")
+    (tmp_path / "folder.png").mkdir()
     (tmp_path / "notes.txt").write_text("not read")
     assert load_queries(tmp_path, channels=1).names == ("a/10.png", "a/2.PNG", "b/1.png")
 
@@ -70,8 +72,11 @@ def test_rgb_grey_and_palette_images_become_what_the_model_takes(tmp_path) -> No
     opaque = picture.convert("RGBA")
     assert load_queries([opaque], channels=3).query_ids == found.query_ids
     opaque.putpixel((0, 0), (1, 2, 3, 4))
-    with pytest.raises(ValueError, match=r"queries\[0\]: must be an opaque image"):
-        load_queries([opaque], channels=3)
+    palette = Image.fromarray(PIXELS).convert("P")
+    palette.info["transparency"] = 0
+    for hidden in (opaque, palette):
+        with pytest.raises(ValueError, match=r"queries\[0\]: must be an opaque image"):
+            load_queries([hidden], channels=3)
 
 
 def test_duplicates_are_computed_once_and_reported_each() -> None:
@@ -123,9 +128,24 @@ def test_bad_arguments(tmp_path) -> None:
         (torch.zeros(1, 1, 8, 8).double(), {}, ValueError, "queries must be float32"),
         (torch.zeros(1, 8, 8), {}, ValueError, "queries must be float32 of shape"),
         ([3], {}, TypeError, r"queries\[0\] must be an image file or a PIL image"),
+        (torch.zeros(1, 1, 8, 8).bfloat16(), {}, ValueError, "queries must be float32 or uint8, got bfloat16"),
+        (torch.zeros(1, 1, 0, 8), {}, ValueError, "queries must have pixels"),
         (3, {}, TypeError, "queries must be a folder, a tensor, an array or a sequence"),
         ([Image.fromarray(PIXELS)], {"channels": 4}, ValueError, "4 channels takes latents"),
     ]
     for source, options, error, message in cases:
         with pytest.raises(error, match=message):
             load_queries(source, **{"channels": 1, **options})
+
+
+def test_a_file_name_that_no_result_could_hold_is_refused(tmp_path) -> None:
+    path = tmp_path / b"\xff.png".decode("utf-8", "surrogateescape")
+    Image.fromarray(PIXELS).save(path)
+    with pytest.raises(ValueError, match="file names must be printable UTF-8"):
+        load_queries(tmp_path, channels=1)
+
+
+def test_read_only_arrays_are_taken_without_a_warning() -> None:
+    pixels = PIXELS[None].copy()
+    pixels.flags.writeable = False
+    assert load_queries(pixels, channels=1).query_ids == (query_id(PIXELS),)

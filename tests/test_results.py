@@ -114,3 +114,19 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(write: str, tm
     found = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert "scores." in found.stdout and str(tmp_path) in found.stdout
+
+
+def test_same_run_asks_for_queries_models_draws_and_precision(result) -> None:
+    assert result.same_run({**result.provenance, "batch_size": 3}, result.query_ids)
+    assert not result.same_run(result.provenance, result.query_ids[:1])
+    assert not result.same_run({**result.provenance, "base_hash": "other"}, result.query_ids)
+    assert not result.same_run({**result.provenance, "protocol": {"seed": 1}}, result.query_ids)
+
+
+def test_a_process_that_ends_after_reading_ends_well(result, tmp_path) -> None:
+    """Reading with threads from memory that Python owns aborted a third of such processes."""
+    file = result.to_parquet(tmp_path / "s.parquet")
+    code = f"from guda_fast import Attribution; print(Attribution.from_parquet({str(file)!r}))"
+    for _ in range(3):
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert found.returncode == 0, found.stderr

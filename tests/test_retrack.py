@@ -34,10 +34,12 @@ def test_target_equals_a_plain_loop(t: int) -> None:
     neighbours = torch.randn((6, 5, 3, 4, 4), generator=generator, dtype=torch.float64)
     signal, sigma = (float(scale[0]) for scale in SCHEDULE.scales([t]))
     x_t = signal * x0 + sigma * eps
-    found = retrack_target(x_t, neighbours, torch.full((6,), signal).double(), torch.full((6,), sigma).double())
+    found = retrack_target(
+        x_t, neighbours, torch.full((6,), signal, dtype=torch.float64), torch.full((6,), sigma, dtype=torch.float64)
+    )
     for i in range(6):
-        # The scales pass through float32 in torch.full: 6e-8 relative, times exponents of up to 1e6 at t = 0.
-        torch.testing.assert_close(found[i], plain_target(x_t[i], neighbours[i], signal, sigma), rtol=1e-4, atol=1e-4)
+        # Exponents reach 1e6 at t = 0, where a rounding of 1e-16 relative becomes 1e-10.
+        torch.testing.assert_close(found[i], plain_target(x_t[i], neighbours[i], signal, sigma), rtol=1e-9, atol=1e-9)
 
 
 def test_one_neighbour_that_is_the_image_gives_back_the_noise() -> None:

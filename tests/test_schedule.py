@@ -134,3 +134,15 @@ def test_errors(tmp_path) -> None:
 
 def test_given_weights_may_use_timestep_zero() -> None:
     np.testing.assert_array_equal(Schedule(BETAS).weights([2.0, 3.0], [0, 1]), [2.0, 3.0])
+
+
+def test_a_scheduler_with_another_alpha_bar_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"product of 1 - betas, got other values in CogVideoXDDIMScheduler"):
+        Schedule.from_scheduler(diffusers.CogVideoXDDIMScheduler())
+
+
+def test_a_schedule_does_not_change_with_the_callers_array() -> None:
+    betas = BETAS.copy()
+    schedule = Schedule(betas)
+    betas[0] = 0.5
+    assert schedule.betas[0] == BETAS[0]

@@ -65,6 +65,7 @@ def test_learning_rate_rises_linearly_and_decays_as_a_cosine() -> None:
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[9] == pytest.approx(0.5)
     assert sorted(factors[4:], reverse=True) == factors[4:] and 0 < factors[-1] < 0.03
+    assert TrainConfig(4, warmup_steps=4, decay="cosine").lr_factor(4) == 1.0  # asked for after the last step
     assert {TrainConfig(14).lr_factor(step) for step in range(14)} == {1.0}
 
 
@@ -93,7 +94,8 @@ def test_a_diverging_run_names_its_step() -> None:
     [
         ({"steps": 0}, "steps must be at least 1"),
         ({"decay": "linear"}, "decay must be one of 'constant', 'cosine'"),
-        ({"lr": -1.0}, "lr must be finite and at least 0"),
+        ({"lr": 0}, "lr must be finite and at least"),
+        ({"grad_clip": 0}, "grad_clip must be finite and at least"),
         ({"ema_decay": 1.5}, "ema_decay must be between 0 and 1"),
         ({"grad_clip": float("nan")}, "grad_clip must be finite"),
         ({"seed": -1}, "seed must be at least 0"),

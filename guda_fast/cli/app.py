@@ -51,5 +51,8 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            typer.echo("guda-fast: interrupted; finished work stays, the same command goes on from it", err=True)
+            typer.echo(
+                "guda-fast: interrupted; nothing half-written is left, and demo goes on from its finished stages",
+                err=True,
+            )
         raise

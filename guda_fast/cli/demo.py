@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -48,13 +47,13 @@ def demo(
         int | None, typer.Option(help=f"Steps of unlearning runs. [{DEFAULT.unlearn_steps}]", min=1)
     ] = None,
     queries: Annotated[int | None, typer.Option(help=f"Digits to generate. [{DEFAULT.queries}]", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, batches, noise and generated digits.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of weights, batches, noise and generated digits.", min=0, max=2**62)] = 0,
     threads: Annotated[int | None, typer.Option(help=f"CPU threads. [all, at most {_MAX_THREADS}]", min=1)] = None,
 ) -> None:
     """Which digit class made each generated digit possible? Train, unlearn ten times, score, rank, draw."""
     given = {"steps": steps, "unlearn_steps": unlearn_steps, "queries": queries}
     size = replace(QUICK if quick else DEFAULT, **{key: value for key, value in given.items() if value is not None})
-    torch.set_num_threads(threads or min(_MAX_THREADS, len(os.sched_getaffinity(0))))
+    torch.set_num_threads(threads or min(_MAX_THREADS, torch.get_num_threads()))
     run = _Demo(out, size, seed)
     scores = run.attribute()
     oracle = run.attribute_by_logo() if with_logo else None
@@ -141,7 +140,7 @@ class _Demo:
             "run": "queries",
             "queries": self.size.queries,
             "sampler": "ddpm",
-            "steps": self.size.steps,
+            "base": self.models.base_hash(),
             "seed": self.seed,
         }
         folder = self.out / "queries"

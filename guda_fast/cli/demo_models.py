@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -91,6 +92,11 @@ class ModelStages:
         self.scheduler = digits_scheduler()
         self.schedule = Schedule.from_scheduler(self.scheduler)
 
+    def base_hash(self) -> str:
+        """A hash of the finished base's weights: what is made from another base is another run."""
+        weights = (self.folder / "base" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+        return hashlib.blake2b(weights, digest_size=16).hexdigest()
+
     def load_base(self) -> nn.Module:
         """The finished base model."""
         from diffusers import UNet2DModel
@@ -114,7 +120,7 @@ class ModelStages:
 
     def unlearned(self) -> dict[str, Path]:
         """One model a group: the base with the group unlearned by ReTrack."""
-        settings = {**RETRACK, "objective": "retrack", "mode": "paper", "base_steps": self.recipe.steps}
+        settings = {**RETRACK, "objective": "retrack", "mode": "paper", "base": self.base_hash()}
         runs = [(f"unlearned/{group}", self._retrack(group)) for group in self.data.groups]
         self._train(runs, self.load_base(), self.recipe.unlearning(), settings)
         return {group: self.folder / "unlearned" / group for group in self.data.groups}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,9 @@ _Group = Annotated[
     list[str] | None,
     typer.Option(help="NAME=PATH of an unlearned model: a diffusers folder or a state dict; once a group."),
 ]
-_Groups = Annotated[Path | None, typer.Option(help="A folder with one unlearned model a sub-folder, named by it.")]
+_Groups = Annotated[
+    Path | None, typer.Option(help="A folder with one unlearned model a sub-folder or weights file, named by it.")
+]
 _Scheduler = Annotated[Path | None, typer.Option(help="scheduler_config.json, if it is not beside the base.")]
 _Out = Annotated[Path, typer.Option(help="Gets scores.parquet, scores.csv and run.json.")]
 
@@ -54,6 +57,7 @@ def score(
     """Score images by how much their ELBO drops under each unlearned model."""
     from guda_fast import DeltaBank, Protocol, attribute
 
+    _check_out(out)
     if (out / RECORD).exists() and not (force or dry_run):
         raise FileExistsError(f"--out: {out} must not hold a result already, found {out / RECORD}; pass --force")
     bank = DeltaBank.load(base, _sources(group, groups), scheduler=scheduler)
@@ -83,7 +87,15 @@ def score(
     typer.echo(f"{len(result)} queries x {len(bank.groups)} groups in {time.perf_counter() - begin:.1f} s -> {out}")
 
 
+_WEIGHTS = (".safetensors", ".pt", ".bin", ".ckpt")
 _NOT_REPLAYED = ("out", "dry_run", "force", "config", "top")
+
+
+def _check_out(out: Path) -> None:
+    """Say before the work, and not after it, that the result cannot be written."""
+    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise NotADirectoryError(f"--out: must be a folder that can be written, found {existing}")
 
 
 def _sources(group: list[str] | None, groups: Path | None) -> dict[str, Path]:
@@ -98,11 +110,13 @@ def _sources(group: list[str] | None, groups: Path | None) -> dict[str, Path]:
     if groups is not None:
         if not groups.is_dir():
             raise FileNotFoundError(f"--groups: must be a folder, found no folder {groups}")
-        for folder in sorted(groups.iterdir()):
-            if folder.is_dir() and not folder.name.startswith("."):
-                if folder.name in found:
-                    raise ValueError(f"--groups: names must differ from those of --group, got {folder.name!r} twice")
-                found[folder.name] = folder
+        for source in sorted(groups.iterdir()):
+            if source.name.startswith(".") or not (source.is_dir() or source.suffix in _WEIGHTS):
+                continue
+            name = source.name if source.is_dir() else source.stem
+            if name in found:
+                raise ValueError(f"--groups: names must differ, also from those of --group, got {name!r} twice")
+            found[name] = source
     if not found:
         where = f"; {groups} has no sub-folder" if groups is not None else ""
         raise ValueError(f"--group or --groups: must name at least one unlearned model, got none{where}")
@@ -110,10 +124,20 @@ def _sources(group: list[str] | None, groups: Path | None) -> dict[str, Path]:
 
 
 def _write(result: Attribution, out: Path, config: Mapping[str, Any]) -> None:
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in config.items()}
+    plain = {key: _replayable(value) for key, value in config.items()}
     named = result.with_provenance(config=plain)
     named.to_parquet(out)
     named.to_csv(out / "scores.csv")
+
+
+def _replayable(value: Any) -> Any:
+    """Paths in full, so that the run can be replayed from another folder."""
+    if isinstance(value, Path):
+        return str(value.absolute())
+    if isinstance(value, list | tuple):
+        pairs = (entry.partition("=") for entry in value)
+        return [f"{name}={Path(path).absolute()}" for name, _, path in pairs]
+    return value
 
 
 def _print_top(result: Attribution, count: int, limit: int = 20) -> None:

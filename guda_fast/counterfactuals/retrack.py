@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from guda_fast._validate import check_int, check_real
+from guda_fast._validate import check_int, check_real, check_tensor
 from guda_fast.counterfactuals.trainer import DenoisingObjective, Noising, per_image, predict
 from guda_fast.diffusion.schedule import Schedule
 
@@ -43,6 +43,8 @@ class ReTrackObjective:
         weight: float = 0.3,
     ) -> None:
         check_int("ReTrackObjective", "batch_size", batch_size, 1)
+        check_tensor("ReTrackObjective", "forget", forget, shape=(None,) * 4, dtypes=(torch.float32,))
+        check_tensor("ReTrackObjective", "retain", retain, shape=(None, *forget.shape[1:]), dtypes=(torch.float32,))
         check_int("ReTrackObjective", "neighbours", neighbours, 1, len(retain))
         self.weight = check_real("ReTrackObjective", "weight", weight, 0)
         if len(forget) == 0:

@@ -35,7 +35,10 @@ def finished(folder: Path, settings: Mapping[str, Any]) -> bool:
             f"remove {folder} to make it anew"
         ) from error
     if found != dict(settings):
-        raise CheckpointError(f"{record}: was made with other settings ({_differences(settings, found)})")
+        raise CheckpointError(
+            f"{record}: was made with other settings ({_differences(settings, found)}); "
+            f"choose another folder, or remove {folder} to make it anew"
+        )
     return True
 
 

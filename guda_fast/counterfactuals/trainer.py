@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from guda_fast._validate import check_choice, check_int, check_real
+from guda_fast._validate import check_choice, check_int, check_real, check_tensor
 from guda_fast.diffusion.schedule import Schedule
 
 Objective = Callable[[nn.Module, torch.Generator], Tensor]
@@ -18,6 +19,9 @@ Objective = Callable[[nn.Module, torch.Generator], Tensor]
 
 ProgressCallback = Callable[[int, int], object]
 """Called with (steps done, steps in all)."""
+
+
+_SMALLEST = sys.float_info.min
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_int("TrainConfig", "steps", self.steps, 1)
-        check_real("TrainConfig", "lr", self.lr, 0)
+        check_real("TrainConfig", "lr", self.lr, _SMALLEST)
         check_real("TrainConfig", "weight_decay", self.weight_decay, 0)
         check_int("TrainConfig", "warmup_steps", self.warmup_steps, 0)
         check_choice("TrainConfig", "decay", self.decay, ("constant", "cosine"))
         check_int("TrainConfig", "seed", self.seed, 0, 2**63 - 1)
         if self.grad_clip is not None:
-            check_real("TrainConfig", "grad_clip", self.grad_clip, 0)
+            check_real("TrainConfig", "grad_clip", self.grad_clip, _SMALLEST)
         if self.ema_decay is not None:
             check_real("TrainConfig", "ema_decay", self.ema_decay, 0, 1)
 
@@ -59,7 +63,7 @@ class TrainConfig:
             return (step + 1) / (self.warmup_steps + 1)
         if self.decay == "constant":
             return 1.0
-        return (1 + math.cos(math.pi * (step - self.warmup_steps) / (self.steps - self.warmup_steps))) / 2
+        return (1 + math.cos(math.pi * (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))) / 2
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def train(
     model: any diffusers denoiser. objective: draws its own batches. progress: called after every step.
 
     Returns the trained copy and its losses. Raises FloatingPointError, naming the step, when the loss is no
-    longer finite.
+    longer finite, or when the weights at the end are not. Runs on the CPU.
     """
     student = copy.deepcopy(model).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -106,6 +110,8 @@ def train(
         if progress is not None:
             progress(step + 1, config.steps)
     trained = student if average is None else average
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in trained.parameters()):
+        raise FloatingPointError("train: the weights must stay finite, got NaN or infinity after the last step")
     return TrainResult(trained.eval().requires_grad_(False), losses)
 
 
@@ -126,6 +132,9 @@ class DenoisingObjective:
 
     def __init__(self, images: Tensor, schedule: Schedule, batch_size: int = 64) -> None:
         check_int("DenoisingObjective", "batch_size", batch_size, 1)
+        check_tensor("DenoisingObjective", "images", images, shape=(None,) * 4, dtypes=(torch.float32,))
+        if len(images) == 0:
+            raise ValueError("DenoisingObjective: images must hold at least one image, got none")
         self.images = images
         self.batch_size = batch_size
         self.noising = Noising(schedule)

@@ -95,7 +95,9 @@ def load_queries(
 
 def _read(queries: QuerySource, channels: int) -> list[_Query]:
     if isinstance(queries, Tensor):
-        return _from_array(queries.detach().cpu().numpy(), channels)
+        if queries.dtype not in (torch.float32, torch.uint8) or queries.layout != torch.strided:
+            raise ValueError(f"load_queries: queries must be float32 or uint8, got {describe(queries)}")
+        return _from_array(queries.detach().cpu().resolve_neg().numpy(), channels)
     if isinstance(queries, np.ndarray):
         return _from_array(queries, channels)
     if isinstance(queries, str | Path):
@@ -114,9 +116,12 @@ def _from_array(values: np.ndarray[Any, Any], channels: int) -> list[_Query]:
             "load_queries: queries must be float32 of shape (N, C, H, W) or uint8 of shape (N, H, W) or (N, H, W, C), "
             f"got {values.dtype} of shape {values.shape}"
         )
+    if 0 in values.shape[1:]:
+        raise ValueError(f"load_queries: queries must have pixels, got shape {values.shape}")
     if values.dtype == np.uint8 and values.ndim == 4 and values.shape[3] == 1:
         values = values[..., 0]  # grey pixels have one form, so that they have one id
-    return [_Query(str(index), np.ascontiguousarray(value)) for index, value in enumerate(values)]
+    # A copy: torch warns about read-only memory, and the caller may change theirs.
+    return [_Query(str(index), value.copy(order="C")) for index, value in enumerate(values)]
 
 
 def _from_folder(folder: Path, channels: int) -> list[_Query]:
@@ -125,9 +130,24 @@ def _from_folder(folder: Path, channels: int) -> list[_Query]:
     files = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not _hidden(path.relative_to(folder))
     )
+    for name in files:
+        if not name.isprintable() or not _is_utf8(name):
+            raise ValueError(f"load_queries: file names must be printable UTF-8, found {name!r} in {folder}")
     return [_Query(name, _decode(folder / name, channels)) for name in files]
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _from_item(index: int, item: object, channels: int) -> _Query:
@@ -139,15 +159,24 @@ def _from_item(index: int, item: object, channels: int) -> _Query:
 
 
 def _decode(path: Path, channels: int) -> np.ndarray[Any, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"load_queries: queries names {path}, found no such file")
     try:
         with Image.open(path) as image:
-            return _pixels(image, channels, str(path))
+            image.load()
+            loaded = image.copy()
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: must be an image, found a file that cannot be read as one") from error
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for damaged PNG chunks
-        if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(f"load_queries: queries names {path}, found no such file") from error
+    except PermissionError:
+        raise
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # all that Pillow's decoders raise
         raise ValueError(f"{path}: must be a whole image, found a damaged file ({error})") from error
+    return _pixels(loaded, channels, str(path))
 
 
 def _pixels(image: Image.Image, channels: int, where: str) -> np.ndarray[Any, Any]:
@@ -155,7 +184,7 @@ def _pixels(image: Image.Image, channels: int, where: str) -> np.ndarray[Any, An
         raise ValueError(f"{where}: a model of {channels} channels takes latents as a float32 tensor, got an image")
     if image.mode not in _CONVERTIBLE:
         raise ValueError(f"{where}: must be an 8-bit grey or RGB image, found mode {image.mode}")
-    if "A" in image.mode and image.getchannel("A").getextrema() != (255, 255):
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
         raise ValueError(f"{where}: must be an opaque image, found transparent pixels")
     return np.array(image.convert(_MODES[channels]))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from guda_fast._validate import check_int
+from guda_fast._validate import check_bool, check_int, describe
 from guda_fast.diffusion.query_id import NOISE_CONTRACT
 from guda_fast.diffusion.schedule import FloatArray, IntArray, Schedule, Scheduler
 
@@ -47,7 +47,7 @@ class Protocol:
     factor for the stride of the timesteps.
 
     schedule: the noise schedule of the model.
-    timesteps: distinct indices [1..T-1 for named weightings; at most 65,535].
+    timesteps: distinct indices, kept in rising order [1..T-1 for named weightings; at most 65,535].
     weighting: "elbo", "elbo_fixed_large", "simple" or one weight a timestep (see ``Schedule.weights``).
     samples: noise samples a timestep [1..65,536; even when antithetic].
     seed: of the noise contract [0..2^64-1].
@@ -69,6 +69,9 @@ class Protocol:
     antithetic: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.schedule, Schedule):
+            raise TypeError(f"Protocol: schedule must be a Schedule, got {describe(self.schedule)}")
+        check_bool("Protocol", "antithetic", self.antithetic)
         steps = self.schedule.check_timesteps(self.timesteps)
         if steps.size == 0:
             raise ValueError("Protocol: timesteps must name at least one timestep, got none")
@@ -82,9 +85,10 @@ class Protocol:
         if self.antithetic and self.samples % 2:
             raise ValueError(f"Protocol: samples must be even when antithetic, got {self.samples}")
         self.schedule.weights(self.weighting, steps)
-        object.__setattr__(self, "timesteps", tuple(int(t) for t in steps))
+        order = np.argsort(steps)  # neighbours stand in for samples in standard errors
+        object.__setattr__(self, "timesteps", tuple(int(t) for t in steps[order]))
         if not isinstance(self.weighting, str):
-            object.__setattr__(self, "weighting", tuple(float(weight) for weight in self.weighting))
+            object.__setattr__(self, "weighting", tuple(float(self.weighting[index]) for index in order))
 
     @classmethod
     def from_scheduler(

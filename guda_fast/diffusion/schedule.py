@@ -52,7 +52,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_choice("Schedule", "prediction_type", self.prediction_type, PREDICTION_TYPES)
-        betas = np.asarray(self.betas, dtype=np.float64)
+        betas = np.array(self.betas, dtype=np.float64)
         if betas.ndim != 1 or betas.size == 0:
             raise ValueError(f"Schedule: betas must have shape (T,) with T >= 1, got {betas.shape}")
         inside = (betas > 0) & (betas < 1)
@@ -65,6 +65,7 @@ class Schedule:
                 "Schedule: alpha_bar must stay above 0 for epsilon predictions, got 0 at the last timestep "
                 "(a zero-terminal-SNR schedule needs v_prediction or sample)"
             )
+        betas.flags.writeable = False
         object.__setattr__(self, "betas", betas)
 
     @classmethod
@@ -87,8 +88,16 @@ class Schedule:
                 "Schedule: scheduler must have betas (DDPM, DDIM and others that share alphas_cumprod), "
                 f"got {type(scheduler).__name__}"
             )
-        config = dict(scheduler.config)
-        return cls(betas.double().cpu().numpy(), config.get("prediction_type", "epsilon"), config)
+        config = dict(getattr(scheduler, "config", {}))
+        schedule = cls(betas.double().cpu().numpy(), config.get("prediction_type", "epsilon"), config)
+        alpha_bar = getattr(scheduler, "alphas_cumprod", None)
+        # Some add 2^-24 at the end of zero-terminal schedules; others use another alpha_bar altogether.
+        if isinstance(alpha_bar, torch.Tensor) and not np.allclose(alpha_bar, schedule.alpha_bar, rtol=0, atol=1e-4):
+            raise ValueError(
+                "Schedule: scheduler must have alphas_cumprod = product of 1 - betas, "
+                f"got other values in {type(scheduler).__name__}"
+            )
+        return schedule
 
     def __len__(self) -> int:
         """The number of timesteps T."""

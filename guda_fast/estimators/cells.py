@@ -23,9 +23,9 @@ class Cells:
 
 def std_error_kind(protocol: Protocol) -> str:
     """How ``standard_error`` estimates the noise of this protocol's scores."""
-    if protocol.antithetic:
-        return "antithetic pairs" if protocol.samples >= 4 else "collapsed pairs (approximate)"
-    if protocol.samples >= 2:
+    if protocol.antithetic and protocol.samples >= 4:
+        return "antithetic pairs"
+    if protocol.samples >= 2 and not protocol.antithetic:
         return "samples"
     return "collapsed pairs (approximate)" if len(protocol.timesteps) >= 2 else "none"
 
@@ -48,7 +48,7 @@ def standard_error(differences: FloatArray, protocol: Protocol) -> FloatArray:
         terms = terms[..., 0::2] + terms[..., 1::2]
     if kind in ("samples", "antithetic pairs"):
         variance = terms.shape[2] * terms.var(axis=2, ddof=1).sum(axis=1)
-    elif kind == "none" or terms.shape[1] < 2:
+    elif kind == "none":
         return np.full(len(differences), np.nan)
     else:
         variance = _collapsed_variance(terms[..., 0])
