@@ -33,7 +33,7 @@ class Size:
 
 
 DEFAULT = Size(steps=1200, unlearn_steps=80, queries=64)
-QUICK = Size(steps=200, unlearn_steps=10, queries=16)
+QUICK = Size(steps=100, unlearn_steps=5, queries=12)
 
 
 def demo(
