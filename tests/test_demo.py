@@ -98,11 +98,8 @@ def test_other_settings_and_damaged_records_are_refused(finished: Path, tmp_path
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("stop_when", ["models/base", "models/unlearned/3", "queries"])
-def test_after_ctrl_c_the_same_command_ends_where_an_undisturbed_one_does(
-    finished: Path, tmp_path: Path, stop_when: str
-) -> None:
-    out = tmp_path / "out"
+def interrupted(out: Path, stop_when: str) -> tuple[int, str]:
+    """Exit status and messages of a run that gets a Ctrl-C as soon as a stage is there."""
     process = subprocess.Popen(command(out, *TINY), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
     while not (out / stop_when).exists():
@@ -110,7 +107,20 @@ def test_after_ctrl_c_the_same_command_ends_where_an_undisturbed_one_does(
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("stop_when", ["models/base", "models/unlearned/3", "queries"])
+def test_after_ctrl_c_the_same_command_ends_where_an_undisturbed_one_does(
+    finished: Path, tmp_path: Path, stop_when: str
+) -> None:
+    out = tmp_path / "out"
+    for _ in range(3):  # Python ignores an interrupt that lands while an object is freed: a user presses again
+        status, errors = interrupted(out, stop_when)
+        if status != 0:
+            break
+        shutil.rmtree(out)
+    assert status == 130, errors
     assert "interrupted" in errors and "Traceback" not in errors
     assert not list(out.rglob(".*")), "something half-written was left"
     result = demo(out, *TINY)
