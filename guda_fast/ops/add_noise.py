@@ -118,9 +118,26 @@ def _cpp_supports(request: _Request) -> str | None:
     return native_reason(x0=request.rows.x0, out=request.out)
 
 
+def _run_triton(request: _Request) -> Tensor:
+    from guda_fast.kernels.triton.add_noise import add_noise as launch
+
+    rows, out = request.rows.contiguous(), request.out
+    if out is None:
+        out = rows.x0.new_empty((rows.number, *rows.shape))
+    launch(out, *rows.split(), seed_bits=_library.seed_to_bits(request.seed), antithetic=request.antithetic)
+    return out
+
+
+def _triton_supports(request: _Request) -> str | None:
+    reason = _backends.triton_device_reason(request.device)
+    return reason or native_reason("triton", x0=request.rows.x0, out=request.out)
+
+
 _REFERENCE = _backends.Backend("reference", _run_reference)
 _CPP = _backends.Backend("cpp", _run_cpp, _cpp_supports, _backends.native_unavailable, _backends.native_detail)
-_OP = _backends.register(_backends.Op(_NAME, _request, {"cpu": (_CPP, _REFERENCE), "*": (_REFERENCE,)}))
+_TRITON = _backends.Backend("triton", _run_triton, _triton_supports, _backends.triton_unavailable)
+_TABLE = {"cpu": (_CPP, _REFERENCE, _TRITON), "cuda": (_TRITON, _REFERENCE), "*": (_REFERENCE,)}
+_OP = _backends.register(_backends.Op(_NAME, _request, _TABLE))
 
 
 def _registered(

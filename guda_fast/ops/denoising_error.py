@@ -148,9 +148,34 @@ def _cpp_supports(request: _Request) -> str | None:
     return native_reason(x0=request.rows.x0, predictions=request.predictions)
 
 
+def _run_triton(request: _Request) -> DenoisingError:
+    from guda_fast.kernels.triton.denoising_error import denoising_error as launch
+
+    predictions = request.predictions
+    errors = predictions.new_empty(predictions.shape[:2], dtype=torch.float64)
+    paired = torch.empty_like(errors) if request.paired else None
+    launch(
+        errors,
+        paired,
+        predictions,
+        *request.rows.contiguous().split(),
+        request.weight.contiguous(),
+        seed_bits=_library.seed_to_bits(request.seed),
+        antithetic=request.antithetic,
+    )
+    return DenoisingError(errors, paired)
+
+
+def _triton_supports(request: _Request) -> str | None:
+    reason = _backends.triton_device_reason(request.device)
+    return reason or native_reason("triton", x0=request.rows.x0, predictions=request.predictions)
+
+
 _REFERENCE = _backends.Backend("reference", _run_reference)
 _CPP = _backends.Backend("cpp", _run_cpp, _cpp_supports, _backends.native_unavailable, _backends.native_detail)
-_OP = _backends.register(_backends.Op(_NAME, _request, {"cpu": (_CPP, _REFERENCE), "*": (_REFERENCE,)}))
+_TRITON = _backends.Backend("triton", _run_triton, _triton_supports, _backends.triton_unavailable)
+_TABLE = {"cpu": (_CPP, _REFERENCE, _TRITON), "cuda": (_TRITON, _REFERENCE), "*": (_REFERENCE,)}
+_OP = _backends.register(_backends.Op(_NAME, _request, _TABLE))
 
 
 def _registered(
