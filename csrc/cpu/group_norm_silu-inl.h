@@ -26,7 +26,7 @@ struct Activation<Dtype::bfloat16> {
   }
 };
 
-// The smaller and the larger one; b where a is not a number.
+// The smaller and the larger one; b where either is not a number.
 GUDA_FAST_INLINE VecF min(VecF a, VecF b) {
 #if defined(__AVX512F__)
   return _mm512_min_ps(a, b);
@@ -40,31 +40,41 @@ GUDA_FAST_INLINE VecF min(VecF a, VecF b) {
 #endif
 }
 
-GUDA_FAST_INLINE VecF max(VecF a, VecF b) { return -min(-a, -b); }
-
-// e^a for a in [-104, 104], infinite and zero where float32 ends: Cody and Waite's reduction, the
-// polynomial of Cephes' expf, and two factors, since 2^151 has no float32.
-GUDA_FAST_INLINE VecF exp(VecF a) {
-  constexpr float kToInteger = 0x1.8p23f;  // a sum with it has no fraction bits
-  const VecF shifted = a * 1.44269504088896341f + kToInteger;
-  const VecF n = shifted - kToInteger;
-  const VecF r = (a - n * 0.693359375f) - n * -2.12194440e-4f;
-  VecF p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * (r * r) + r) + 1.0f;
-  const VecI exponent = reinterpret_cast<VecI>(shifted) - 0x4B400000;
-  const VecI half = exponent >> 1;
-  const VecF low = reinterpret_cast<VecF>((half + 127) << 23);
-  const VecF high = reinterpret_cast<VecF>((exponent - half + 127) << 23);
-  return (p * low) * high;
+GUDA_FAST_INLINE VecF max(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
+#else
+  const VecI more = a > b;
+  return reinterpret_cast<VecF>((reinterpret_cast<VecI>(a) & more) | (reinterpret_cast<VecI>(b) & ~more));
+#endif
 }
 
+// e^-a for a in [-87, 87], where neither it nor its exponent leaves the normal numbers: Cody and Waite's
+// reduction and the polynomial of Cephes' expf.
+GUDA_FAST_INLINE VecF exp_minus(VecF a) {
+  constexpr float kToInteger =
+      0x1.8p23f;  // a sum with it has no fraction bits, and its integer in the low bits
+  const VecF shifted = a * -1.44269504088896341f + kToInteger;
+  const VecF n = shifted - kToInteger;
+  const VecF r = (a + n * 0.693359375f) + n * -2.12194440e-4f;  // of e^-r
+  VecF p = r * 1.9875691500e-4f - 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r - 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r - 5.0000001201e-1f;
+  p = 1.0f - (p * (r * r) + r);
+  return reinterpret_cast<VecF>(reinterpret_cast<VecU>(p) + (reinterpret_cast<VecU>(shifted) << 23));
+}
+
+// y / (1 + e^-y). Below -87 the value at -87, which is -1e-36, stands for all: the limit is zero.
 GUDA_FAST_INLINE VecF silu(VecF y) {
-  const VecF limit = VecF{} + 104.0f;
-  return y / (1.0f + exp(max(min(-y, limit), -limit)));
+  const VecF limit = VecF{} + 87.0f;
+  const VecF bounded = max(-limit, y);
+  return bounded / (1.0f + exp_minus(min(bounded, limit)));
 }
 
 // Sum by halving, whose rounding grows with the logarithm of the count alone.
