@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from guda_fast import ops
 
 
-class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
+class FusedResnetBlock2D(ResnetBlock2D):
     """A ResnetBlock2D whose norms run with what surrounds them; made by `fuse` alone."""
 
-    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or torch.is_grad_enabled():
             result: Tensor = super().forward(input_tensor, temb, *args, **kwargs)
             return result
-        hidden = self.conv1(self._resampled(_norm_silu(self.norm1, input_tensor)))
+        hidden: Tensor = self.conv1(self._resampled(_norm_silu(self.norm1, input_tensor)))
         shortcut = self._resampled(input_tensor)
-        hidden = _norm_silu(self.norm2, hidden, **self._time_vectors(temb))
+        hidden = _norm_silu(self.norm2, hidden, *self._time_vectors(temb))
         hidden = self.conv2(self.dropout(hidden))
         if self.conv_shortcut is not None:
             shortcut = self.conv_shortcut(shortcut)
@@ -35,8 +35,8 @@ class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
             x = self.downsample(x)
         return x
 
-    def _time_vectors(self, temb: Tensor | None) -> dict[str, Tensor]:
-        """What the time embedding adds before the second norm, or does after it."""
+    def _time_vectors(self, temb: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What the time embedding adds before the second norm, and its scale and shift after it."""
         if self.time_emb_proj is not None:
             assert temb is not None, "a block with a projection is given a time embedding"
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
@@ -44,18 +44,24 @@ class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
             if temb is None:
                 raise ValueError("ResnetBlock2D: temb must be a tensor where time_embedding_norm is 'scale_shift'")
             scale, shift = temb.chunk(2, dim=1)
-            return {"scale": scale, "shift": shift}
-        return {} if temb is None else {"addend": temb.flatten(1)}
+            return None, scale, shift
+        return temb, None, None
 
 
-def _norm_silu(norm: nn.GroupNorm, x: Tensor, **vectors: Tensor) -> Tensor:
-    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, **vectors)
+def _norm_silu(
+    norm: nn.GroupNorm,
+    x: Tensor,
+    addend: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    return ops.group_norm_silu(
+        x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, addend=addend, scale=scale, shift=shift
+    )
 
 
 def reason_against(block: ResnetBlock2D) -> str | None:
     """Why a block cannot be fused, or None."""
     if not isinstance(block.nonlinearity, nn.SiLU):
         return f"its activation is {type(block.nonlinearity).__name__}"
-    if not (isinstance(block.norm1, nn.GroupNorm) and isinstance(block.norm2, nn.GroupNorm)):
-        return "its norms are no group norms"
     return None

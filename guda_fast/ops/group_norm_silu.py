@@ -168,7 +168,7 @@ def _run_cpp(request: _Request) -> Tensor:
     weight, bias = (None if v is None else _affine(v) for v in (request.weight, request.bias))
     index = None if request.model_index is None else request.model_index.contiguous()
     models = min((v.shape[0] for v in (weight, bias) if v is not None and v.dim() == 2), default=rows)
-    per_row = [_vector(vector) for vector in (request.addend, request.scale, request.shift)]
+    addend, scale, shift = (_vector(vector) for vector in (request.addend, request.scale, request.shift))
     _C.group_norm_silu(
         out.data_ptr(),
         (positions * channels, channels),
@@ -183,7 +183,12 @@ def _run_cpp(request: _Request) -> Tensor:
         0 if bias is None else bias.data_ptr(),
         models,
         0 if index is None or (weight is None and bias is None) else index.data_ptr(),
-        *(value for v in per_row for value in ((0, 0) if v is None else (v.data_ptr(), v.stride(0)))),
+        0 if addend is None else addend.data_ptr(),
+        0 if addend is None else addend.stride(0),
+        0 if scale is None else scale.data_ptr(),
+        0 if scale is None else scale.stride(0),
+        0 if shift is None else shift.data_ptr(),
+        0 if shift is None else shift.stride(0),
         request.eps,
         request.silu,
         torch.get_num_threads(),

@@ -43,8 +43,8 @@ def group_norm_silu(
     if addend is not None:
         h = h + broadcast(addend)
     if model_index is None:
-        affine = (None if parameter is None else parameter.to(dtype) for parameter in (weight, bias))
-        y = torch.group_norm(h, groups, *affine, eps)
+        own_weight, own_bias = (None if parameter is None else parameter.to(dtype) for parameter in (weight, bias))
+        y = torch.group_norm(h, groups, own_weight, own_bias, eps)
     else:
         y = torch.group_norm(h, groups, None, None, eps)
         y = y if weight is None else y * broadcast(weight[model_index])
