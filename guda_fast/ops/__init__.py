@@ -2,6 +2,7 @@
 
 from guda_fast.ops.add_noise import add_noise
 from guda_fast.ops.denoising_error import denoising_error
+from guda_fast.ops.group_norm_silu import group_norm_silu
 from guda_fast.reference.denoising_error import DenoisingError
 
-__all__ = ["DenoisingError", "add_noise", "denoising_error"]
+__all__ = ["DenoisingError", "add_noise", "denoising_error", "group_norm_silu"]

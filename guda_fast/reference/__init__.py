@@ -2,11 +2,13 @@
 
 from guda_fast.reference.add_noise import add_noise
 from guda_fast.reference.denoising_error import denoising_error
+from guda_fast.reference.group_norm_silu import group_norm_silu
 from guda_fast.reference.philox import noise_words, normals, philox4x32, standard_normals, uniforms
 
 __all__ = [
     "add_noise",
     "denoising_error",
+    "group_norm_silu",
     "noise_words",
     "normals",
     "philox4x32",
