@@ -24,7 +24,7 @@ from guda_fast._validate import check_choice
 from guda_fast.errors import BackendUnavailableError
 
 ENVIRONMENT_VARIABLE = "GUDA_FAST_BACKEND"
-BACKEND_NAMES = ("auto", "cpp", "reference")
+BACKEND_NAMES = ("auto", "cpp", "triton", "reference")
 
 
 class Request(Protocol):
@@ -200,6 +200,13 @@ def native_unavailable() -> str | None:
     """Why the `cpp` backend cannot run on this machine, or None."""
     if native() is None:
         return "the extension guda_fast._C was not built (GUDA_FAST_NATIVE=OFF, or not installed)"
+    return None
+
+
+def triton_unavailable() -> str | None:
+    """Why the `triton` backend cannot run on this machine, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (the extra guda_fast[triton])"
     return None
 
 
