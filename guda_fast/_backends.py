@@ -203,11 +203,19 @@ def native_unavailable() -> str | None:
     return None
 
 
+@functools.cache
 def triton_unavailable() -> str | None:
-    """Why the `triton` backend cannot run on this machine, or None."""
+    """Why the `triton` backend cannot run on this machine, whatever the call, or None."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (the extra guda_fast[triton])"
+        return "triton is not installed"
     return None
+
+
+def triton_device_reason(device: torch.device) -> str | None:
+    """Why a Triton kernel cannot run on tensors of this device, or None. Its interpreter also takes CPU tensors."""
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"the tensors are on {device.type}, and triton needs CUDA tensors or its interpreter (TRITON_INTERPRET=1)"
 
 
 def native_detail() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from guda_fast._backends import triton_device_reason
 from guda_fast._validate import check_index_range, check_tensor
 from guda_fast.reference.segments import Deltas
 
@@ -89,9 +90,4 @@ def triton_reason(x: Tensor, *others: Tensor | None) -> str | None:
         return "x is float64, and triton computes in float32"
     if any(tensor is not None and tensor.is_neg() for tensor in (x, *others)):
         return "an argument is a lazily negated view, whose memory holds the opposite values"
-    if x.device.type == "cpu":
-        from guda_fast.kernels.triton.delta_conv2d import INTERPRETED
-
-        if not INTERPRETED:
-            return "on the CPU it runs in its interpreter alone (TRITON_INTERPRET=1)"
-    return None
+    return triton_device_reason(x.device)
