@@ -97,7 +97,7 @@ def _shared_input(
 ) -> Tensor:
     """Every model on the same rows [(M, R, O, P, Q)]: one convolution for all that depends on x alone."""
     models, rows = len(index), x.shape[0]
-    out = _empty(x, weight, models * rows, window).unflatten(0, (models, rows))
+    out: Tensor = _empty(x, weight, models * rows, window).unflatten(0, (models, rows))
     if not index:
         return out
     if deltas.dense is not None:

@@ -40,7 +40,8 @@ def delta_linear(
     row_size = x.shape[1:-1].numel()
     flat = x.reshape(x.shape[0] * row_size, x.shape[-1])
     if offsets is None:
-        return _shared_input(flat, weight, bias, deltas, index).unflatten(1, x.shape[:-1])
+        shared = _shared_input(flat, weight, bias, deltas, index)
+        return shared.view(len(index), *x.shape[:-1], weight.shape[0])
     out = flat.new_empty(flat.shape[0], weight.shape[0])
     parts = segments(offsets, index, row_size)
     if deltas.dense is not None and (dtype.itemsize < 4 or flat.shape[0] >= MERGE_ROWS * len(index)):
@@ -51,7 +52,7 @@ def delta_linear(
         for rows, k in parts:
             if k >= 0:
                 _add_delta(out[rows], flat[rows], deltas, k)
-    return out.unflatten(0, x.shape[:-1])
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
