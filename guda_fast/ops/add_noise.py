@@ -208,6 +208,7 @@ def _compiled(
     bits = _library.seed_to_bits(check_seed(_NAME, seed))
     rows = (x0.detach(), query_index, query_id, timestep, sample, x0_scale.detach(), eps_scale.detach())
     if out is None:
-        return _NODE(*rows, bits, antithetic, backend)
+        node: Tensor = _NODE(*rows, bits, antithetic, backend)
+        return node
     _NODE_OUT(*rows, bits, antithetic, out, backend)
     return out

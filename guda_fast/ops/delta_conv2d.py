@@ -103,7 +103,10 @@ def delta_conv2d(
     if torch.compiler.is_compiling():
         window = check_window(stride, padding, dilation)
         with torch.no_grad():
-            return _library_op(x, weight, bias, offsets, delta, up, down, bias_delta, delta_index, *window, backend)
+            node: Tensor = _library_op(
+                x, weight, bias, offsets, delta, up, down, bias_delta, delta_index, *window, backend
+            )
+            return node
     request = _request(
         x,
         weight,

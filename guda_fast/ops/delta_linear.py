@@ -90,7 +90,8 @@ def delta_linear(
     """
     if torch.compiler.is_compiling():
         with torch.no_grad():
-            return _library_op(x, weight, bias, offsets, delta, up, down, bias_delta, delta_index, backend)
+            node: Tensor = _library_op(x, weight, bias, offsets, delta, up, down, bias_delta, delta_index, backend)
+            return node
     request = _request(
         x,
         weight,

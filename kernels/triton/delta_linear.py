@@ -28,7 +28,7 @@ def delta_linear(
     delta_conv2d(
         _image(out.view(rows, tokens, weight.shape[0])),
         _image(x.reshape(x.shape[0], tokens, x.shape[-1])),
-        _taps(weight),
+        weight[..., None, None],
         bias,
         offsets,
         _taps(delta),
