@@ -42,6 +42,30 @@ def denoising_error(
     antithetic: bool,
     threads: int,
 ) -> None: ...
+def group_norm_silu(
+    out: int,
+    out_strides: Sequence[int],
+    x: int,
+    x_strides: Sequence[int],
+    dtype: str,
+    rows: int,
+    positions: int,
+    channels: int,
+    groups: int,
+    weight: int,
+    bias: int,
+    models: int,
+    model_index: int,
+    addend: int,
+    addend_stride: int,
+    scale: int,
+    scale_stride: int,
+    shift: int,
+    shift_stride: int,
+    eps: float,
+    silu: bool,
+    threads: int,
+) -> None: ...
 def noise_words(
     out: int, blocks: int, first_block: int, query_id: int, timestep: int, sample: int, seed: int
 ) -> None: ...

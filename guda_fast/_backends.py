@@ -24,7 +24,7 @@ from guda_fast._validate import check_choice
 from guda_fast.errors import BackendUnavailableError
 
 ENVIRONMENT_VARIABLE = "GUDA_FAST_BACKEND"
-BACKEND_NAMES = ("auto", "cpp", "reference")
+BACKEND_NAMES = ("auto", "cpp", "triton", "reference")
 
 
 class Request(Protocol):
@@ -201,6 +201,21 @@ def native_unavailable() -> str | None:
     if native() is None:
         return "the extension guda_fast._C was not built (GUDA_FAST_NATIVE=OFF, or not installed)"
     return None
+
+
+@functools.cache
+def triton_unavailable() -> str | None:
+    """Why the `triton` backend cannot run on this machine, whatever the call, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def triton_device_reason(device: torch.device) -> str | None:
+    """Why a Triton kernel cannot run on tensors of this device, or None. Its interpreter also takes CPU tensors."""
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"the tensors are on {device.type}, and triton needs CUDA tensors or its interpreter (TRITON_INTERPRET=1)"
 
 
 def native_detail() -> str:

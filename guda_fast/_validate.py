@@ -63,15 +63,15 @@ def _shape_matches(actual: Sequence[int], wanted: Sequence[int | None]) -> bool:
     )
 
 
-def check_index_range(where: str, name: str, value: torch.Tensor, high: int) -> None:
-    """Check that an integer vector on the CPU lies in [0, high]; elsewhere a check would synchronise."""
+def check_index_range(where: str, name: str, value: torch.Tensor, high: int, low: int = 0) -> None:
+    """Check that an integer vector on the CPU lies in [low, high]; elsewhere a check would synchronise."""
     if value.device.type != "cpu" or value.numel() == 0:
         return
     least, most = value.aminmax()
-    if least >= 0 and most <= high:
+    if least >= low and most <= high:
         return
-    row = int(((value < 0) | (value > high)).nonzero()[0])
-    raise ValueError(f"{where}: {name} must be in [0, {high + 1}), got {int(value[row])} at row {row}")
+    row = int(((value < low) | (value > high)).nonzero()[0])
+    raise ValueError(f"{where}: {name} must be in [{low}, {high + 1}), got {int(value[row])} at row {row}")
 
 
 def check_output(

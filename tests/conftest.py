@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -10,6 +11,10 @@ import torch
 from torch import Tensor
 
 from guda_fast import _backends
+
+# Triton reads this when a kernel is defined: without a GPU its interpreter runs them.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _NATIVE = _backends.native()
 _CPP = ["cpp"] if _NATIVE is None else [f"cpp-{name}" for name in _NATIVE.instruction_sets()]

@@ -145,3 +145,35 @@ def denoising_error(
     differences = torch.full_like(errors, torch.nan) if paired else None
     _C.denoising_error(**denoising_error_arguments(errors, differences, predictions, x0, rows, **options))
     return errors, differences
+
+
+def group_norm_silu_arguments(out: torch.Tensor, x: torch.Tensor, groups: int, threads: int = 1) -> dict[str, Any]:
+    """Of channels-last (R, P, C) tensors, with a weight for each of two models."""
+    rows, positions, channels = x.shape
+    names = (
+        "weight",
+        "bias",
+        "model_index",
+        "addend",
+        "scale",
+        "shift",
+        "addend_stride",
+        "scale_stride",
+        "shift_stride",
+    )
+    return {
+        "out": out.data_ptr(),
+        "out_strides": out.stride()[:2],
+        "x": x.data_ptr(),
+        "x_strides": x.stride()[:2],
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "rows": rows,
+        "positions": positions,
+        "channels": channels,
+        "groups": groups,
+        "models": 2,
+        "eps": 1e-5,
+        "silu": True,
+        "threads": threads,
+        **dict.fromkeys(names, 0),
+    }

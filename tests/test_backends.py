@@ -90,9 +90,10 @@ def test_use_backend_ends_with_an_exception() -> None:
 
 
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="use_backend: name must be one of 'auto', 'cpp', 'reference', got 'fpga'"):
+    choices = "must be one of 'auto', 'cpp', 'triton', 'reference', got 'fpga'"
+    with pytest.raises(ValueError, match=f"use_backend: name {choices}"):
         _backends.use_backend("fpga").__enter__()
-    with pytest.raises(ValueError, match="toy: backend must be one of 'auto', 'cpp', 'reference', got 'fpga'"):
+    with pytest.raises(ValueError, match=f"toy: backend {choices}"):
         make_op().run(Request(), "fpga")
     monkeypatch.setenv("GUDA_FAST_BACKEND", "fpga")
     with pytest.raises(ValueError, match=r"toy: backend \(from GUDA_FAST_BACKEND\) must be one of .* got 'fpga'"):
@@ -144,7 +145,7 @@ def test_explain_does_not_run_but_validates(make_rows: Callable) -> None:
     assert (out == 7).all()
     with pytest.raises(ValueError, match="add_noise: seed must be between"):
         _backends.explain("add_noise", *rows, seed=-1)
-    with pytest.raises(ValueError, match="explain: op must be one of 'add_noise', 'denoising_error', got 'matmul'"):
+    with pytest.raises(ValueError, match="explain: op must be one of 'add_noise', .* got 'matmul'"):
         _backends.explain("matmul", *rows)
 
 

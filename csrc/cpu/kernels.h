@@ -23,6 +23,9 @@ struct NoiseStream {
   std::uint32_t counter1, counter2, counter3;
 };
 
+// Positions whose sums are float32 before they join float64 ones.
+constexpr int kBlock = 16;
+
 struct ErrorSums {
   double error;   // sum of (p - target)^2
   double paired;  // sum of (p - p0)(p + p0 - 2 target)
@@ -41,25 +44,44 @@ using ErrorSum = double (*)(const void* prediction, const float* target, std::in
 using PairedSum = ErrorSums (*)(const void* prediction, const void* base, const float* target,
                                 std::int64_t elements);
 
+// Adds to the float64 sum of each channel, and to its sum of squares, those of some positions.
+// `sum` and `square` are padded to a multiple of kLanes channels, as are the vectors of Normalize.
+using ChannelSums = void (*)(double* sum, double* square, const void* x, std::int64_t position_stride,
+                             std::int64_t positions, std::int64_t channels);
+
+// y = (x - center) factor + offset per channel, then SiLU or nothing.
+using Normalize = void (*)(void* out, std::int64_t out_position_stride, const void* x,
+                           std::int64_t x_position_stride, std::int64_t positions, std::int64_t channels,
+                           const float* center, const float* factor, const float* offset);
+
 struct Kernels {
   const char* name;
   NoiseWords noise_words;
   AddNoise add_noise;
   ErrorSum error_sum[kDtypes];    // by Dtype
   PairedSum paired_sum[kDtypes];  // by Dtype
+  ChannelSums channel_sums[2];    // float32, bfloat16
+  Normalize normalize[2][2];      // the same, without and with SiLU
 };
 
-#define GUDA_FAST_DECLARE_KERNELS(set)                                                                    \
-  namespace set {                                                                                         \
-  void noise_words(std::uint32_t* out, std::int64_t blocks, std::uint32_t first_block,                    \
-                   const NoiseStream& stream);                                                            \
-  void add_noise(float* out, const float* x0, float x0_scale, float eps_scale, const NoiseStream& stream, \
-                 std::uint32_t first_block, std::int64_t elements);                                       \
-  template <Dtype dtype>                                                                                  \
-  double error_sum(const void* prediction, const float* target, std::int64_t elements);                   \
-  template <Dtype dtype>                                                                                  \
-  ErrorSums paired_sum(const void* prediction, const void* base, const float* target,                     \
-                       std::int64_t elements);                                                            \
+#define GUDA_FAST_DECLARE_KERNELS(set)                                                                       \
+  namespace set {                                                                                            \
+  void noise_words(std::uint32_t* out, std::int64_t blocks, std::uint32_t first_block,                       \
+                   const NoiseStream& stream);                                                               \
+  void add_noise(float* out, const float* x0, float x0_scale, float eps_scale, const NoiseStream& stream,    \
+                 std::uint32_t first_block, std::int64_t elements);                                          \
+  template <Dtype dtype>                                                                                     \
+  double error_sum(const void* prediction, const float* target, std::int64_t elements);                      \
+  template <Dtype dtype>                                                                                     \
+  ErrorSums paired_sum(const void* prediction, const void* base, const float* target,                        \
+                       std::int64_t elements);                                                               \
+  template <Dtype dtype>                                                                                     \
+  void channel_sums(double* sum, double* square, const void* x, std::int64_t position_stride,                \
+                    std::int64_t positions, std::int64_t channels);                                          \
+  template <Dtype dtype, bool activate>                                                                      \
+  void normalize(void* out, std::int64_t out_position_stride, const void* x, std::int64_t x_position_stride, \
+                 std::int64_t positions, std::int64_t channels, const float* center, const float* factor,    \
+                 const float* offset);                                                                       \
   }
 
 GUDA_FAST_DECLARE_KERNELS(baseline)

@@ -1,7 +1,17 @@
 """The ops: each validates its arguments, chooses a backend and runs it."""
 
 from guda_fast.ops.add_noise import add_noise
+from guda_fast.ops.delta_conv2d import delta_conv2d
+from guda_fast.ops.delta_linear import delta_linear
 from guda_fast.ops.denoising_error import denoising_error
+from guda_fast.ops.group_norm_silu import group_norm_silu
 from guda_fast.reference.denoising_error import DenoisingError
 
-__all__ = ["DenoisingError", "add_noise", "denoising_error"]
+__all__ = [
+    "DenoisingError",
+    "add_noise",
+    "delta_conv2d",
+    "delta_linear",
+    "denoising_error",
+    "group_norm_silu",
+]

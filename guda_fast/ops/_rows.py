@@ -39,6 +39,10 @@ class Rows(NamedTuple):
         """Rows whose vectors the extension can read by pointer; x0 is read by its strides."""
         return Rows(self.x0, *(vector.contiguous() for vector in self[1:]))
 
+    def split(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x0, and the vectors with one element a row."""
+        return self.x0, tuple(self[1:])
+
     def native_arguments(self) -> NativeRows:
         """The extension's arguments from x0 to eps_scale, valid while these (contiguous) rows live."""
         x0 = self.x0
@@ -86,13 +90,13 @@ def check_seed(where: str, seed: object) -> int:
     return check_int(where, "seed", seed, 0, MAX_SEED)
 
 
-def native_reason(**tensors: Tensor | None) -> str | None:
-    """Why the C++ extension cannot read these tensors, or None."""
+def native_reason(backend: str = "cpp", **tensors: Tensor | None) -> str | None:
+    """Why kernels that read memory by pointers and strides cannot read these tensors, or None."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         if tensor.dtype == torch.float64:
-            return f"{name} is float64, and cpp computes in float32"
+            return f"{name} is float64, and {backend} computes in float32"
         if tensor.is_neg():
             return f"{name} is a lazily negated view, whose memory holds the opposite values"
     return None

@@ -10,6 +10,7 @@ from torch import Tensor
 from guda_fast import _backends
 from guda_fast import reference as definition
 from guda_fast._validate import check_bool, check_output
+from guda_fast.ops import _library
 from guda_fast.ops._rows import Rows, check_rows, check_seed, native_reason
 
 _NAME = "add_noise"
@@ -67,19 +68,10 @@ def add_noise(
     >>> add_noise(torch.ones(1, 3), zero, zero, zero, zero, 2 * one, 0 * one, seed=0)
     tensor([[2., 2., 2.]])
     """
-    request = _request(
-        x0,
-        query_index,
-        query_id,
-        timestep,
-        sample,
-        x0_scale,
-        eps_scale,
-        seed=seed,
-        antithetic=antithetic,
-        out=out,
-    )
-    return _OP.run(request, backend)
+    rows = (x0, query_index, query_id, timestep, sample, x0_scale, eps_scale)
+    if torch.compiler.is_compiling():
+        return _compiled(*rows, seed, antithetic, out, backend)
+    return _OP.run(_request(*rows, seed=seed, antithetic=antithetic, out=out), backend)
 
 
 def _request(
@@ -126,6 +118,97 @@ def _cpp_supports(request: _Request) -> str | None:
     return native_reason(x0=request.rows.x0, out=request.out)
 
 
+def _run_triton(request: _Request) -> Tensor:
+    from guda_fast.kernels.triton.add_noise import add_noise as launch
+
+    rows, out = request.rows.contiguous(), request.out
+    if out is None:
+        out = rows.x0.new_empty((rows.number, *rows.shape))
+    launch(out, *rows.split(), seed_bits=_library.seed_to_bits(request.seed), antithetic=request.antithetic)
+    return out
+
+
+def _triton_supports(request: _Request) -> str | None:
+    reason = _backends.triton_device_reason(request.device)
+    return reason or native_reason("triton", x0=request.rows.x0, out=request.out)
+
+
 _REFERENCE = _backends.Backend("reference", _run_reference)
 _CPP = _backends.Backend("cpp", _run_cpp, _cpp_supports, _backends.native_unavailable, _backends.native_detail)
-_OP = _backends.register(_backends.Op(_NAME, _request, {"cpu": (_CPP, _REFERENCE), "*": (_REFERENCE,)}))
+_TRITON = _backends.Backend("triton", _run_triton, _triton_supports, _backends.triton_unavailable)
+_TABLE = {"cpu": (_CPP, _REFERENCE, _TRITON), "cuda": (_TRITON, _REFERENCE), "*": (_REFERENCE,)}
+_OP = _backends.register(_backends.Op(_NAME, _request, _TABLE))
+
+
+def _registered(
+    x0: Tensor,
+    query_index: Tensor,
+    query_id: Tensor,
+    timestep: Tensor,
+    sample: Tensor,
+    x0_scale: Tensor,
+    eps_scale: Tensor,
+    seed_bits: int,
+    antithetic: bool,
+    backend: str,
+) -> Tensor:
+    request = _request(
+        x0, query_index, query_id, timestep, sample, x0_scale, eps_scale,
+        seed=_library.seed_from_bits(seed_bits), antithetic=antithetic,
+    )  # fmt: skip
+    return _OP.run(request, backend)
+
+
+def _fake(x0: Tensor, query_index: Tensor, *_: object) -> Tensor:
+    return x0.new_empty((query_index.shape[0], *x0.shape[1:]))
+
+
+def _registered_out(
+    x0: Tensor,
+    query_index: Tensor,
+    query_id: Tensor,
+    timestep: Tensor,
+    sample: Tensor,
+    x0_scale: Tensor,
+    eps_scale: Tensor,
+    seed_bits: int,
+    antithetic: bool,
+    out: Tensor,
+    backend: str,
+) -> None:
+    request = _request(
+        x0, query_index, query_id, timestep, sample, x0_scale, eps_scale,
+        seed=_library.seed_from_bits(seed_bits), antithetic=antithetic, out=out,
+    )  # fmt: skip
+    _OP.run(request, backend)
+
+
+def _fake_out(*_: object) -> None:
+    return None
+
+
+_NODE = _library.register(_NAME, _registered, _fake)
+_NODE_OUT = _library.register(f"{_NAME}_out", _registered_out, _fake_out, mutates=("out",))
+
+
+def _compiled(
+    x0: Tensor,
+    query_index: Tensor,
+    query_id: Tensor,
+    timestep: Tensor,
+    sample: Tensor,
+    x0_scale: Tensor,
+    eps_scale: Tensor,
+    seed: int,
+    antithetic: bool,
+    out: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """The call as one node of the graph. Detached arguments: as in eager calls the result carries no gradient."""
+    bits = _library.seed_to_bits(check_seed(_NAME, seed))
+    rows = (x0.detach(), query_index, query_id, timestep, sample, x0_scale.detach(), eps_scale.detach())
+    if out is None:
+        node: Tensor = _NODE(*rows, bits, antithetic, backend)
+        return node
+    _NODE_OUT(*rows, bits, antithetic, out, backend)
+    return out

@@ -10,6 +10,7 @@ from torch import Tensor
 from guda_fast import _backends
 from guda_fast import reference as definition
 from guda_fast._validate import check_bool, check_tensor
+from guda_fast.ops import _library
 from guda_fast.ops._rows import Rows, check_rows, check_seed, native_reason
 from guda_fast.reference.denoising_error import DenoisingError
 
@@ -74,11 +75,10 @@ def denoising_error(
     >>> denoising_error(prediction, x0, zero, zero, zero, zero, 2 * one, 0 * one, weight, seed=0).errors
     tensor([[12.]], dtype=torch.float64)
     """
-    request = _request(
-        predictions, x0, query_index, query_id, timestep, sample, x0_scale, eps_scale, weight,
-        seed=seed, antithetic=antithetic, paired=paired,
-    )  # fmt: skip
-    return _OP.run(request, backend)
+    tensors = (predictions, x0, query_index, query_id, timestep, sample, x0_scale, eps_scale, weight)
+    if torch.compiler.is_compiling():
+        return _compiled(tensors, seed, antithetic, paired, backend)
+    return _OP.run(_request(*tensors, seed=seed, antithetic=antithetic, paired=paired), backend)
 
 
 def _request(
@@ -148,6 +148,72 @@ def _cpp_supports(request: _Request) -> str | None:
     return native_reason(x0=request.rows.x0, predictions=request.predictions)
 
 
+def _run_triton(request: _Request) -> DenoisingError:
+    from guda_fast.kernels.triton.denoising_error import denoising_error as launch
+
+    predictions = request.predictions
+    errors = predictions.new_empty(predictions.shape[:2], dtype=torch.float64)
+    paired = torch.empty_like(errors) if request.paired else None
+    launch(
+        errors,
+        paired,
+        predictions,
+        *request.rows.contiguous().split(),
+        request.weight.contiguous(),
+        seed_bits=_library.seed_to_bits(request.seed),
+        antithetic=request.antithetic,
+    )
+    return DenoisingError(errors, paired)
+
+
+def _triton_supports(request: _Request) -> str | None:
+    reason = _backends.triton_device_reason(request.device)
+    return reason or native_reason("triton", x0=request.rows.x0, predictions=request.predictions)
+
+
 _REFERENCE = _backends.Backend("reference", _run_reference)
 _CPP = _backends.Backend("cpp", _run_cpp, _cpp_supports, _backends.native_unavailable, _backends.native_detail)
-_OP = _backends.register(_backends.Op(_NAME, _request, {"cpu": (_CPP, _REFERENCE), "*": (_REFERENCE,)}))
+_TRITON = _backends.Backend("triton", _run_triton, _triton_supports, _backends.triton_unavailable)
+_TABLE = {"cpu": (_CPP, _REFERENCE, _TRITON), "cuda": (_TRITON, _REFERENCE), "*": (_REFERENCE,)}
+_OP = _backends.register(_backends.Op(_NAME, _request, _TABLE))
+
+
+def _registered(
+    predictions: Tensor,
+    x0: Tensor,
+    query_index: Tensor,
+    query_id: Tensor,
+    timestep: Tensor,
+    sample: Tensor,
+    x0_scale: Tensor,
+    eps_scale: Tensor,
+    weight: Tensor,
+    seed_bits: int,
+    antithetic: bool,
+    paired: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """A schema knows no optional result: without `paired` the second is empty."""
+    request = _request(
+        predictions, x0, query_index, query_id, timestep, sample, x0_scale, eps_scale, weight,
+        seed=_library.seed_from_bits(seed_bits), antithetic=antithetic, paired=paired,
+    )  # fmt: skip
+    errors, differences = _OP.run(request, backend)
+    return errors, errors.new_empty((0,)) if differences is None else differences
+
+
+def _fake(predictions: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    *_, paired, _ = arguments
+    errors = predictions.new_empty(predictions.shape[:2], dtype=torch.float64)
+    return errors, torch.empty_like(errors) if paired else errors.new_empty((0,))
+
+
+_NODE = _library.register(_NAME, _registered, _fake)
+
+
+def _compiled(tensors: tuple[Tensor, ...], seed: int, antithetic: bool, paired: bool, backend: str) -> DenoisingError:
+    """The call as one node of the graph. Detached arguments: as in eager calls the result carries no gradient."""
+    bits = _library.seed_to_bits(check_seed(_NAME, seed))
+    detached = [tensor.detach() if tensor.is_floating_point() else tensor for tensor in tensors]
+    errors, differences = _NODE(*detached, bits, antithetic, paired, backend)
+    return DenoisingError(errors, differences if paired else None)

@@ -1,0 +1,48 @@
+"""How an op becomes one node of a `torch.compile` graph: its registration with torch.library.
+
+Eager calls never come here: going through the dispatcher costs some ten microseconds a call, a plain function none.
+Under compilation the public function calls the registered op instead, with the arguments that a schema can carry:
+the seed as the int64 of the same bits, the backend by name. The registered op runs the eager path when the graph
+runs, so validation and the choice of a backend (with `use_backend` and the environment) happen at each run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "guda_fast"
+
+
+def register(
+    name: str, run: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()
+) -> Callable[..., Any]:
+    """Register ``guda_fast::name``; its schema is inferred from the annotations of `run`.
+
+    run: the op on real tensors, whose results alias no argument
+    fake: shapes, dtypes and devices of the results, from the same arguments without their contents
+    mutates: the arguments that `run` writes to
+    """
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=mutates)
+    op.register_fake(fake)
+    return op
+
+
+def seed_to_bits(seed: int) -> int:
+    """The int64 with a seed's bits; what is no seed passes through, for the op's validation to refuse.
+
+    >>> seed_to_bits(2**64 - 1)
+    -1
+    """
+    return seed - 2**64 if 2**63 <= seed < 2**64 else seed
+
+
+def seed_from_bits(bits: int) -> int:
+    """The seed in [0, 2**64) with the bits of an int64.
+
+    >>> seed_from_bits(-1) == 2**64 - 1
+    True
+    """
+    return bits % 2**64
