@@ -51,6 +51,22 @@ def test_rounding_to_bfloat16_is_pytorchs(name: str) -> None:
         assert torch.equal(out[0, 0], values.bfloat16())
 
 
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000])
+@pytest.mark.parametrize("vector", ["weight", "bias", "addend", "scale", "shift"])
+def test_a_nan_of_any_payload_stays_one_in_bfloat16(name: str, bits: int, vector: str) -> None:
+    """Rounding adds to the bits of a float32: those of a nan must not become a number's."""
+    values = torch.ones(1, 20)
+    values.view(torch.int32)[0, 7] = bits
+    x = torch.randn(1, 5, 20, generator=torch.Generator().manual_seed(0)).bfloat16()
+    stride = {} if vector in ("weight", "bias") else {f"{vector}_stride": 20}
+    out = torch.zeros_like(x)
+    with instruction_set(name):
+        _C.group_norm_silu(**{**group_norm_silu_arguments(out, x, 20), vector: values.data_ptr(), **stride})
+    assert out[..., 7].isnan().all()
+    assert int(out.isnan().sum()) == 5
+
+
 REFUSALS = [
     ({"dtype": "float16"}, ValueError, "dtype must be one of 'float32', 'bfloat16', got 'float16'"),
     ({"rows": -1}, ValueError, "rows must be at least 0, got -1"),

@@ -17,7 +17,7 @@ namespace {
         {set::error_sum<Dtype::float32>, set::error_sum<Dtype::bfloat16>, set::error_sum<Dtype::float16>}, \
         {set::paired_sum<Dtype::float32>, set::paired_sum<Dtype::bfloat16>,                                \
          set::paired_sum<Dtype::float16>},                                                                 \
-        {set::channel_sums<Dtype::float32>, set::channel_sums<Dtype::bfloat16>},                           \
+        {set::channel_sums<Dtype::float32>, set::channel_sums<Dtype::bfloat16>}, set::finish_norm,         \
         {{set::normalize<Dtype::float32, false>, set::normalize<Dtype::float32, true>},                    \
          {set::normalize<Dtype::bfloat16, false>, set::normalize<Dtype::bfloat16, true>}},                 \
   }

@@ -17,12 +17,11 @@ template <>
 struct Activation<Dtype::bfloat16> {
   using Type = std::uint16_t;
   GUDA_FAST_INLINE VecF read(const Type* from) { return bfloat16_to_float(load<VecU16>(from)); }
-  // To the nearest, ties to even.
+  // To the nearest, ties to even. A nan stays one as long as its low bits are zero, as those of bfloat16
+  // values and of arithmetic are, and as finish_norm makes those of the parameters.
   GUDA_FAST_INLINE void write(Type* to, VecF v) {
     const VecU bits = reinterpret_cast<VecU>(v);
-    const VecU is_nan = reinterpret_cast<VecU>(v != v);
-    const VecU rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    store(to, __builtin_convertvector((rounded & ~is_nan) | (0x7FC0u & is_nan), VecU16));
+    store(to, narrow((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16));
   }
 };
 
@@ -54,20 +53,15 @@ GUDA_FAST_INLINE VecF max(VecF a, VecF b) {
 }
 
 // e^-a for a in [-87, 87], where neither it nor its exponent leaves the normal numbers: Cody and Waite's
-// reduction and the polynomial of Cephes' expf.
+// reduction, and a minimax polynomial of degree six (relative error 3.1e-9) whose first two terms are exact
+// and added last.
 GUDA_FAST_INLINE VecF exp_minus(VecF a) {
-  constexpr float kToInteger =
-      0x1.8p23f;  // a sum with it has no fraction bits, and its integer in the low bits
-  const VecF shifted = a * -1.44269504088896341f + kToInteger;
-  const VecF n = shifted - kToInteger;
+  const VecF n = nearest(a * -1.44269504088896341f);
   const VecF r = (a + n * 0.693359375f) + n * -2.12194440e-4f;  // of e^-r
-  VecF p = r * 1.9875691500e-4f - 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r - 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r - 5.0000001201e-1f;
-  p = 1.0f - (p * (r * r) + r);
-  return reinterpret_cast<VecF>(reinterpret_cast<VecU>(p) + (reinterpret_cast<VecU>(shifted) << 23));
+  const VecF r2 = r * r;
+  const VecF q =
+      (r * -0.16666521f + 0.49999994f) + r2 * ((r * -0.008368717f + 0.04166839f) + r2 * 0.0013814599f);
+  return scale_by_power(1.0f - (r - r2 * q), n);
 }
 
 // y / (1 + e^-y). Below -87 the value at -87, which is -1e-36, stands for all: the limit is zero.
@@ -145,33 +139,106 @@ void channel_sums(double* sum, double* square, const void* from, std::int64_t st
   }
 }
 
-template <Dtype dtype, bool activate>
-GUDA_FAST_INLINE void write_normalized(typename Activation<dtype>::Type* out,
-                                       const typename Activation<dtype>::Type* x, const float* center,
-                                       const float* factor, const float* offset) {
-  const VecF y = (Activation<dtype>::read(x) - load<VecF>(center)) * load<VecF>(factor) + load<VecF>(offset);
-  Activation<dtype>::write(out, activate ? silu(y) : y);
+// Positions that are normalised together: one SiLU is a long chain of dependent operations, and several
+// chains side by side keep the processor busy where one does not.
+constexpr int kTogether = 4;
+
+// kWidth channels of `count` positions.
+template <Dtype dtype, bool activate, int count>
+GUDA_FAST_INLINE void write_normalized(typename Activation<dtype>::Type* out, std::int64_t out_stride,
+                                       const typename Activation<dtype>::Type* x, std::int64_t x_stride,
+                                       const float* center, const float* factor, const float* offset) {
+  const VecF from = load<VecF>(center), by = load<VecF>(factor), plus = load<VecF>(offset);
+  VecF y[count];
+  for (int i = 0; i < count; ++i) y[i] = (Activation<dtype>::read(x + i * x_stride) - from) * by + plus;
+  for (int i = 0; i < count; ++i) y[i] = activate ? silu(y[i]) : y[i];
+  for (int i = 0; i < count; ++i) Activation<dtype>::write(out + i * out_stride, y[i]);
+}
+
+template <Dtype dtype, bool activate, int count>
+GUDA_FAST_INLINE void normalize_positions(typename Activation<dtype>::Type* out, std::int64_t out_stride,
+                                          const typename Activation<dtype>::Type* x, std::int64_t x_stride,
+                                          std::int64_t channels, const float* center, const float* factor,
+                                          const float* offset, std::int64_t ahead) {
+  using T = typename Activation<dtype>::Type;
+  std::int64_t c = 0;
+  for (; c + kWidth <= channels; c += kWidth) {
+    // This pass computes, the next row's first one waits for memory: what that will read is fetched
+    // meanwhile.
+    for (int i = 0; i < count; ++i) __builtin_prefetch(x + c + i * x_stride + ahead, 0, 2);
+
+    write_normalized<dtype, activate, count>(out + c, out_stride, x + c, x_stride, center + c, factor + c,
+                                             offset + c);
+  }
+  if (c == channels) return;
+  T padded[count * kWidth] = {}, result[count * kWidth];
+  const auto bytes = static_cast<std::size_t>(channels - c) * sizeof(T);
+  for (int i = 0; i < count; ++i) std::memcpy(padded + i * kWidth, x + i * x_stride + c, bytes);
+  write_normalized<dtype, activate, count>(result, kWidth, padded, kWidth, center + c, factor + c,
+                                           offset + c);
+  for (int i = 0; i < count; ++i) std::memcpy(out + i * out_stride + c, result + i * kWidth, bytes);
 }
 
 template <Dtype dtype, bool activate>
 void normalize(void* to, std::int64_t out_stride, const void* from, std::int64_t x_stride,
                std::int64_t positions, std::int64_t channels, const float* center, const float* factor,
-               const float* offset) {
+               const float* offset, std::int64_t ahead) {
   using T = typename Activation<dtype>::Type;
   T* out = static_cast<T*>(to);
   const T* x = static_cast<const T*>(from);
-  for (std::int64_t position = 0; position < positions; ++position, out += out_stride, x += x_stride) {
-    std::int64_t c = 0;
-    for (; c + kWidth <= channels; c += kWidth) {
-      write_normalized<dtype, activate>(out + c, x + c, center + c, factor + c, offset + c);
-    }
-    if (c < channels) {
-      T padded[kWidth] = {}, result[kWidth];
-      const auto bytes = static_cast<std::size_t>(channels - c) * sizeof(T);
-      std::memcpy(padded, x + c, bytes);
-      write_normalized<dtype, activate>(result, padded, center + c, factor + c, offset + c);
-      std::memcpy(out + c, result, bytes);
-    }
+  std::int64_t left = positions;
+  for (; left >= kTogether; left -= kTogether, out += kTogether * out_stride, x += kTogether * x_stride) {
+    normalize_positions<dtype, activate, kTogether>(out, out_stride, x, x_stride, channels, center, factor,
+                                                    offset, ahead);
+  }
+  for (; left > 0; --left, out += out_stride, x += x_stride) {
+    normalize_positions<dtype, activate, 1>(out, out_stride, x, x_stride, channels, center, factor, offset,
+                                            ahead);
+  }
+}
+
+// result = of(sum over the channel's group of values), which is made once for each group.
+template <typename Of>
+GUDA_FAST_INLINE void spread_groups(double* result, const double* values, std::int64_t channels,
+                                    std::int64_t groups, const Of& of) {
+  const std::int64_t size = channels / groups;
+  for (std::int64_t first = 0; first < channels; first += size) {
+    double total = 0.0;
+    for (std::int64_t c = first; c < first + size; ++c) total += values[c];
+    total = of(total);
+    for (std::int64_t c = first; c < first + size; ++c) result[c] = total;
+  }
+}
+
+// Rounded to float32; a nan loses its payload.
+GUDA_FAST_INLINE float to_float(double a) { return a == a ? static_cast<float>(a) : __builtin_nanf(""); }
+
+void finish_norm(const NormRow& row, std::int64_t positions, std::int64_t channels, std::int64_t groups,
+                 double eps) {
+  const double count = static_cast<double>(positions), per_position = 1.0 / count;
+  const double per_element = per_position / static_cast<double>(channels / groups);
+  double *mean = row.mean, *inverse = row.inverse, *own = row.scratch;
+  GUDA_FAST_NO_OVERLAP
+  for (std::int64_t c = 0; c < channels; ++c) own[c] = row.sum[c] + count * row.addend[c];
+  spread_groups(mean, own, channels, groups, [&](double total) { return total * per_element; });
+  GUDA_FAST_NO_OVERLAP
+  for (std::int64_t c = 0; c < channels; ++c) {
+    const double channel_mean = row.sum[c] * per_position;
+    const double off = channel_mean + row.addend[c] - mean[c];
+    own[c] = (row.square[c] - row.sum[c] * channel_mean) + count * off * off;
+  }
+  spread_groups(inverse, own, channels, groups, [&](double total) {
+    return 1.0 / __builtin_sqrt((total < 0.0 ? 0.0 : total * per_element) + eps);
+  });
+  GUDA_FAST_NO_OVERLAP
+  for (std::int64_t c = 0; c < channels; ++c) {
+    const double center = mean[c] - row.addend[c];
+    const double after = 1.0 + row.scale[c];
+    const double factor = inverse[c] * row.weight[c] * after;
+    row.center[c] = to_float(center);
+    row.factor[c] = to_float(factor);
+    // With what the rounded center leaves out.
+    row.offset[c] = to_float((row.center[c] - center) * factor + row.bias[c] * after + row.shift[c]);
   }
 }
 
@@ -179,9 +246,11 @@ void normalize(void* to, std::int64_t out_stride, const void* from, std::int64_t
   template void channel_sums<dtype>(double*, double*, const void*, std::int64_t, std::int64_t,        \
                                     std::int64_t);                                                    \
   template void normalize<dtype, false>(void*, std::int64_t, const void*, std::int64_t, std::int64_t, \
-                                        std::int64_t, const float*, const float*, const float*);      \
+                                        std::int64_t, const float*, const float*, const float*,       \
+                                        std::int64_t);                                                \
   template void normalize<dtype, true>(void*, std::int64_t, const void*, std::int64_t, std::int64_t,  \
-                                       std::int64_t, const float*, const float*, const float*);
+                                       std::int64_t, const float*, const float*, const float*,        \
+                                       std::int64_t);
 GUDA_FAST_INSTANTIATE(Dtype::float32)
 GUDA_FAST_INSTANTIATE(Dtype::bfloat16)
 #undef GUDA_FAST_INSTANTIATE

@@ -1,7 +1,6 @@
 #include "cpu/group_norm_silu.h"
 
 #include <algorithm>
-#include <cmath>
 #include <type_traits>
 #include <vector>
 
@@ -27,17 +26,25 @@ std::int64_t parts_of(const GroupNormSilu& call) { return (call.positions + kPar
 // What a row needs between its two passes. Channels are padded to whole vectors.
 struct Workspace {
   std::int64_t width;
-  std::vector<double> sums;  // (parts, 2, width): sums and squares
+  std::vector<double> sums;    // (parts, 2, width): sums and squares
+  std::vector<double> groups;  // (3, width): mean, inverse deviation, scratch
   std::vector<float> center, factor, offset;
+  std::vector<float> zeros, ones;  // for the vectors that the call leaves out
 
   explicit Workspace(const GroupNormSilu& call)
       : width((call.channels + kLanes - 1) / kLanes * kLanes),
-        sums(static_cast<std::size_t>(parts_of(call) * 2 * width)),
-        center(static_cast<std::size_t>(width)),
-        factor(static_cast<std::size_t>(width)),
-        offset(static_cast<std::size_t>(width)) {}
+        sums(size(parts_of(call) * 2)),
+        groups(size(3)),
+        center(size(1)),
+        factor(size(1)),
+        offset(size(1)),
+        zeros(size(1), 0.0f),
+        ones(size(1), 1.0f) {}
 
   double* part(std::int64_t index) { return sums.data() + index * 2 * width; }
+
+ private:
+  std::size_t size(std::int64_t vectors) const { return static_cast<std::size_t>(vectors * width); }
 };
 
 class Runner {
@@ -45,6 +52,7 @@ class Runner {
   Runner(const GroupNormSilu& call, Dtype dtype, const Kernels& kernels)
       : call_(call),
         sums_(kernels.channel_sums[static_cast<int>(dtype)]),
+        finish_(kernels.finish_norm),
         normalize_(kernels.normalize[static_cast<int>(dtype)][call.silu ? 1 : 0]),
         bytes_(dtype == Dtype::float32 ? 4 : 2) {}
 
@@ -62,53 +70,27 @@ class Runner {
       const double* more = work.part(part);
       for (std::int64_t i = 0; i < 2 * work.width; ++i) sum[i] += more[i];
     }
-    const std::int64_t size = call_.channels / call_.groups;
-    for (std::int64_t first = 0; first < call_.channels; first += size) finish_group(work, row, first, size);
+    const std::int64_t model = call_.affine.model_index ? call_.affine.model_index[row] : 0;
+    const std::int64_t channels = call_.channels;
+    const float *zeros = work.zeros.data(), *ones = work.ones.data();
+    double* groups = work.groups.data();
+    finish_({sum, sum + work.width, groups, groups + work.width, groups + 2 * work.width,
+             row_of(call_.addend, row, zeros), row_of({call_.affine.weight, channels}, model, ones),
+             row_of({call_.affine.bias, channels}, model, zeros), row_of(call_.scale, row, zeros),
+             row_of(call_.shift, row, zeros), work.center.data(), work.factor.data(), work.offset.data()},
+            call_.positions, channels, call_.groups, call_.eps);
   }
 
   void normalize_part(const Workspace& work, std::int64_t row, std::int64_t part) const {
+    const std::int64_t next_row = row + 1 < call_.rows ? call_.x_layout.row_stride : 0;
     normalize_(at(call_.out, call_.out_layout, row, part), call_.out_layout.position_stride, from(row, part),
                call_.x_layout.position_stride, positions(part), call_.channels, work.center.data(),
-               work.factor.data(), work.offset.data());
+               work.factor.data(), work.offset.data(), next_row);
   }
 
  private:
-  void finish_group(Workspace& work, std::int64_t row, std::int64_t first, std::int64_t size) const {
-    const double* sum = work.part(0);
-    const double* square = sum + work.width;
-    const float* addend = row_of(call_.addend, row);
-    const double count = static_cast<double>(call_.positions);
-    double total = 0.0;
-    for (std::int64_t c = first; c < first + size; ++c) total += sum[c] + count * (addend ? addend[c] : 0.0);
-    const double mean = total / (count * static_cast<double>(size));
-    double squares = 0.0;
-    for (std::int64_t c = first; c < first + size; ++c) {
-      const double channel_mean = sum[c] / count;
-      const double off = channel_mean + (addend ? addend[c] : 0.0) - mean;
-      squares += (square[c] - sum[c] * channel_mean) + count * off * off;
-    }
-    if (squares < 0.0) squares = 0.0;
-    const double inverse = 1.0 / std::sqrt(squares / (count * static_cast<double>(size)) + call_.eps);
-    const std::int64_t model = call_.affine.model_index ? call_.affine.model_index[row] : 0;
-    const float* weight = call_.affine.weight ? call_.affine.weight + model * call_.channels : nullptr;
-    const float* bias = call_.affine.bias ? call_.affine.bias + model * call_.channels : nullptr;
-    const float* scale = row_of(call_.scale, row);
-    const float* shift = row_of(call_.shift, row);
-    for (std::int64_t c = first; c < first + size; ++c) {
-      const double center = mean - (addend ? addend[c] : 0.0);
-      const double after = scale ? 1.0 + scale[c] : 1.0;
-      const double factor = inverse * (weight ? weight[c] : 1.0) * after;
-      const auto i = static_cast<std::size_t>(c);
-      work.center[i] = static_cast<float>(center);
-      work.factor[i] = static_cast<float>(factor);
-      // With what the rounded center leaves out.
-      work.offset[i] = static_cast<float>((work.center[i] - center) * factor +
-                                          (bias ? bias[c] : 0.0) * after + (shift ? shift[c] : 0.0));
-    }
-  }
-
-  static const float* row_of(const RowVectors& vectors, std::int64_t row) {
-    return vectors.data ? vectors.data + row * vectors.stride : nullptr;
+  static const float* row_of(const RowVectors& vectors, std::int64_t row, const float* absent) {
+    return vectors.data ? vectors.data + row * vectors.stride : absent;
   }
 
   std::int64_t positions(std::int64_t part) const { return std::min(kPart, call_.positions - part * kPart); }
@@ -126,6 +108,7 @@ class Runner {
 
   const GroupNormSilu& call_;
   ChannelSums sums_;
+  FinishNorm finish_;
   Normalize normalize_;
   std::int64_t bytes_;
 };

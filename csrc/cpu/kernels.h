@@ -49,10 +49,23 @@ using PairedSum = ErrorSums (*)(const void* prediction, const void* base, const 
 using ChannelSums = void (*)(double* sum, double* square, const void* x, std::int64_t position_stride,
                              std::int64_t positions, std::int64_t channels);
 
-// y = (x - center) factor + offset per channel, then SiLU or nothing.
+// What one row's norm is made of: vectors of channels.
+struct NormRow {
+  const double *sum, *square;
+  double *mean, *inverse, *scratch;
+  const float *addend, *weight, *bias, *scale, *shift;
+  float *center, *factor, *offset;
+};
+
+// From the sums over `positions` to center, factor and offset.
+using FinishNorm = void (*)(const NormRow& row, std::int64_t positions, std::int64_t channels,
+                            std::int64_t groups, double eps);
+
+// y = (x - center) factor + offset per channel, then SiLU or nothing. What lies `ahead` elements behind x is
+// needed next.
 using Normalize = void (*)(void* out, std::int64_t out_position_stride, const void* x,
                            std::int64_t x_position_stride, std::int64_t positions, std::int64_t channels,
-                           const float* center, const float* factor, const float* offset);
+                           const float* center, const float* factor, const float* offset, std::int64_t ahead);
 
 struct Kernels {
   const char* name;
@@ -61,7 +74,8 @@ struct Kernels {
   ErrorSum error_sum[kDtypes];    // by Dtype
   PairedSum paired_sum[kDtypes];  // by Dtype
   ChannelSums channel_sums[2];    // float32, bfloat16
-  Normalize normalize[2][2];      // the same, without and with SiLU
+  FinishNorm finish_norm;
+  Normalize normalize[2][2];  // the same, without and with SiLU
 };
 
 #define GUDA_FAST_DECLARE_KERNELS(set)                                                                       \
@@ -78,10 +92,12 @@ struct Kernels {
   template <Dtype dtype>                                                                                     \
   void channel_sums(double* sum, double* square, const void* x, std::int64_t position_stride,                \
                     std::int64_t positions, std::int64_t channels);                                          \
+  void finish_norm(const NormRow& row, std::int64_t positions, std::int64_t channels, std::int64_t groups,   \
+                   double eps);                                                                              \
   template <Dtype dtype, bool activate>                                                                      \
   void normalize(void* out, std::int64_t out_position_stride, const void* x, std::int64_t x_position_stride, \
                  std::int64_t positions, std::int64_t channels, const float* center, const float* factor,    \
-                 const float* offset);                                                                       \
+                 const float* offset, std::int64_t ahead);                                                   \
   }
 
 GUDA_FAST_DECLARE_KERNELS(baseline)

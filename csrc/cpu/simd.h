@@ -16,6 +16,13 @@
 
 #define GUDA_FAST_INLINE static inline __attribute__((always_inline))
 
+// Before a loop that the compiler is to make vectors of: no two arrays in it overlap.
+#if defined(__clang__)
+#define GUDA_FAST_NO_OVERLAP _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define GUDA_FAST_NO_OVERLAP _Pragma("GCC ivdep")
+#endif
+
 namespace guda_fast::cpu::GUDA_FAST_SET {
 
 #if defined(__AVX512F__)
@@ -73,6 +80,28 @@ GUDA_FAST_INLINE VecF sqrt(VecF a) {
   VecF root;
   for (int lane = 0; lane < kWidth; ++lane) root[lane] = __builtin_sqrtf(a[lane]);
   return root;
+#endif
+}
+
+// The nearest integer, ties to even, for |a| < 2^22.
+GUDA_FAST_INLINE VecF nearest(VecF a) {
+#if defined(__AVX512F__)
+  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  // A sum with it has no fraction bits.
+  constexpr float kToInteger = 0x1.8p23f;
+  return (a + kToInteger) - kToInteger;
+#endif
+}
+
+// a 2^n for an integer n, where neither a nor the result leaves the normal numbers.
+GUDA_FAST_INLINE VecF scale_by_power(VecF a, VecF n) {
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(a, n);
+#else
+  return reinterpret_cast<VecF>(reinterpret_cast<VecI>(a) + (__builtin_convertvector(n, VecI) << 23));
 #endif
 }
 
@@ -150,9 +179,30 @@ GUDA_FAST_INLINE HalfF high_half(VecF a) {
 
 GUDA_FAST_INLINE VecD to_double(HalfF a) { return __builtin_convertvector(a, VecD); }
 
-GUDA_FAST_INLINE VecF bfloat16_to_float(VecU16 bits) {
-  return reinterpret_cast<VecF>(__builtin_convertvector(bits, VecU) << 16);
+// To 32 bits and back; narrow() takes values below 2^16. The compilers' own conversions split the vector
+// first.
+GUDA_FAST_INLINE VecU widen(VecU16 a) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecU>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(a)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<VecU>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(a)));
+#else
+  return __builtin_convertvector(a, VecU);
+#endif
 }
+
+GUDA_FAST_INLINE VecU16 narrow(VecU a) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecU16>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(a)));
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(a));
+  return reinterpret_cast<VecU16>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+  return __builtin_convertvector(a, VecU16);
+#endif
+}
+
+GUDA_FAST_INLINE VecF bfloat16_to_float(VecU16 bits) { return reinterpret_cast<VecF>(widen(bits) << 16); }
 
 // Not by scaling float32 subnormals: torch.set_flush_denormal would change the result.
 GUDA_FAST_INLINE VecF float16_to_float(VecU16 bits) {
