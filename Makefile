@@ -2,7 +2,7 @@
 # make test      quick tests, slow tests, doctests
 # make lint      ruff, mypy, clang-format
 # make sanitize  the extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
-# make bench     the fused ops against eager PyTorch, on this processor; with a GPU also benchmarks/gpu.sh
+# make bench     measure everything that this machine can, against its rivals
 # Each makes .venv and installs what it needs, and installs again when native code or build files change.
 
 PYTHON ?= python3
