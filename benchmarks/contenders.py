@@ -13,8 +13,6 @@ from benchmarks.registry import Call, Contender
 from guda_fast import _C
 from guda_fast._backends import availability
 
-KERNELS = ("triton", "cuda", "cpp")
-
 
 def default_device() -> str:
     """Where factories put tensors now: the device type that a benchmark's cases are made for."""
@@ -43,9 +41,9 @@ def kernels(op: str, call: Callable[[str, int], object]) -> list[Contender]:
 
 @cache
 def available_kernels(op: str, device: str) -> Sequence[str]:
-    """Those of KERNELS that serve the op here; says once what is missing and why."""
+    """The backends with kernels that serve the op here; says once what is missing and why."""
     table = {entry.backend: entry.reason for entry in availability() if entry.op == op and entry.device == device}
-    wanted = [name for name in KERNELS if name != ("cpp" if device == "cuda" else "cuda")]
+    wanted = ["triton", "cuda"] if device == "cuda" else ["triton", *({"cpp"} & table.keys())]
     for name in wanted:
         reason = table.get(name, f"it does not serve {device} tensors")
         if reason is not None:

@@ -53,14 +53,14 @@ build() {
   rm -rf "$work/venv" "$work"/green-*
   "$base" -m venv --without-pip "$work/venv" || return
   own=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') || return
-  "$base" -c 'import site, sysconfig; print(*{sysconfig.get_path("purelib"), *site.getsitepackages()}, sep="\n")' \
+  "$base" -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")' \
     >"$own/base.pth" || return
   capability=$("$base" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || return
   # -real: machine code for this GPU and nothing else.
   GUDA_FAST_CUDA=ON "$work/venv/bin/python" -m pip install -v --no-index --no-deps --no-build-isolation \
     -C "cmake.define.CMAKE_CUDA_ARCHITECTURES=$capability-real" -C build.verbose=true -e . >"$OUT/build.log" 2>&1 ||
     { tail -n 40 "$OUT/build.log" && return 1; }
-  grep -E "error|warning|spill" "$OUT/build.log" | sort | uniq -c | sort -rn | head -n 20
+  grep -E "warning:|[1-9][0-9]* bytes spill" "$OUT/build.log" | sort | uniq -c | sort -rn | head -n 20
   "$work/venv/bin/python" -c 'import guda_fast; print(guda_fast.build_config())'
 }
 

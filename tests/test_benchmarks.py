@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_noise_ops, noise_ops, noise_ops_threads, provenance, runner, timing
+from benchmarks import contenders, gpu_noise_ops, noise_ops, noise_ops_threads, provenance, runner, timing
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.registry import Benchmark, Case, Contender, benchmarks
+from guda_fast import _backends
 
 QUICK = runner.Settings(repetitions=5, quick=True)
 
@@ -195,6 +196,20 @@ def test_noise_ops_contenders_agree(benchmark: Benchmark) -> None:
         expected = float(tensors[0].square().mean())
         for tensor in tensors[1:]:
             assert float(tensor.square().mean()) == pytest.approx(expected, rel=0.05)
+
+
+def test_missing_backends_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A backend that this machine lacks is no contender, and no surprise either."""
+    entries = [
+        _backends.Availability("op", "cuda", "triton", None, ""),
+        _backends.Availability("op", "cuda", "cuda", "not compiled", ""),
+        _backends.Availability("op", "cpu", "cpp", None, ""),
+    ]
+    monkeypatch.setattr(contenders, "availability", lambda: entries)
+    assert contenders.available_kernels.__wrapped__("op", "cuda") == ["triton"]
+    assert capsys.readouterr().err == "op: backend cuda is not measured: not compiled\n"
+    assert contenders.available_kernels.__wrapped__("op", "cpu") == ["cpp"]
+    assert capsys.readouterr().err == "op: backend triton is not measured: it does not serve cpu tensors\n"
 
 
 @pytest.mark.parametrize("size", [2**20, 2**25, 2**32])
