@@ -1,7 +1,8 @@
-# make demo   the whole job on real data, in a few minutes
-# make test   quick tests, slow tests, doctests
-# make lint   ruff, mypy, clang-format
-# make bench  the noise ops against eager PyTorch, on this processor
+# make demo      the whole job on real data, in a few minutes
+# make test      quick tests, slow tests, doctests
+# make lint      ruff, mypy, clang-format
+# make sanitize  the extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+# make bench     measure everything that this machine can, against its rivals
 # Each makes .venv and installs what it needs, and installs again when native code or build files change.
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ CPP_SOURCES = $(shell find csrc kernels -name '*.h' -o -name '*.cpp' -o -name '*
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format sanitize bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/guda-fast demo
@@ -39,8 +40,11 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
 
+sanitize: $(INSTALLED)
+	.ci/sanitize
+
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks noise_ops_cpu
+	$(BIN)/python -m benchmarks run all
 
 clean:
 	rm -rf build .venv

@@ -1,4 +1,4 @@
-"""``python -m benchmarks NAME``: run one benchmark and write its CSV."""
+"""``python -m benchmarks run|verify|plot|summary``: measure, check what is committed, and draw it."""
 
 from __future__ import annotations
 
@@ -7,29 +7,108 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.provenance import ROOT
-from benchmarks.registry import benchmarks
-from benchmarks.runner import run
+from benchmarks import results, runner
+from benchmarks.registry import Benchmark, benchmarks
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+
+Name = Annotated[str, typer.Argument(help="Which benchmark, or all; an unknown name lists them.")]
+Folder = Annotated[Path, typer.Option(help="Where NAME.csv goes.")]
+PLOTS = runner.RESULTS / "plots"
 
 
-def main(
-    name: Annotated[str, typer.Argument(help="Which benchmark; an unknown name lists them.")],
-    out: Annotated[Path | None, typer.Option(help="The CSV; default benchmarks/results/NAME.csv.")] = None,
+@app.command()
+def run(
+    name: Name,
+    out: Annotated[Path | None, typer.Option(help="The folder of NAME.csv; default benchmarks/results.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads, for us and for the rivals.")] = 1,
     repetitions: Annotated[int, typer.Option(min=3, help="Timed calls of each contender.")] = 31,
     quick: Annotated[bool, typer.Option(help="Small shapes: it runs, it does not measure.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what it is meant for.")] = None,
+    tested: Annotated[bool, typer.Option(help="The tests have just passed: do not run them again.")] = False,
 ) -> None:
     """Run the tests of an op, then measure it against its rivals in the same process."""
-    known = benchmarks()
-    if name not in known:
-        raise typer.BadParameter(f"must be one of {', '.join(known)}, got {name}")
     if quick and out is None:
         raise typer.BadParameter("--quick needs --out: it would replace measurements")
-    target = out or ROOT / "benchmarks" / "results" / f"{name}.csv"
-    if not run(known[name], target, threads=threads, repetitions=repetitions, quick=quick):
+    if device not in (None, "cpu", "cuda"):
+        raise typer.BadParameter(f"--device must be cpu or cuda, got {device}")
+    settings = runner.Settings(threads, repetitions, quick, device)
+    failed = False
+    for benchmark in _chosen(name):
+        reason = runner.missing_device(benchmark, settings)
+        if reason is not None:
+            typer.echo(f"{benchmark.name}: not run: {reason}", err=True)
+            failed |= name != "all"
+            continue
+        runner.use_interpreter(benchmark, settings)
+        target = (out or runner.RESULTS) / f"{benchmark.name}.csv"
+        if tested:
+            runner.measure_cases(benchmark, target, settings)
+        elif not runner.run(benchmark, target, settings):
+            failed = True
+            continue
+        typer.echo(f"wrote {target}")
+    if failed:
         raise typer.Exit(1)
-    typer.echo(f"wrote {target}")
+
+
+@app.command()
+def test(name: Name) -> None:
+    """Run the tests of an op and nothing else."""
+    green = [runner.tests_pass(benchmark) for benchmark in _chosen(name)]
+    if not all(green):
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(name: Name) -> None:
+    """Run the tests of an op, and check the committed rows: their columns, provenance and arithmetic."""
+    failed = False
+    for benchmark in _chosen(name):
+        path = runner.RESULTS / f"{benchmark.name}.csv"
+        if not path.exists() and benchmark.device == "cuda":
+            typer.echo(f"{benchmark.name}: no rows yet")
+            continue
+        problems = results.problems(path)
+        for problem in problems:
+            typer.echo(f"{path.name}: {problem}", err=True)
+        green = runner.tests_pass(benchmark)
+        typer.echo(f"{benchmark.name}: tests {'pass' if green else 'fail'}, rows have {len(problems)} problems")
+        failed |= not green or bool(problems)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plot(name: Name, out: Annotated[Path, typer.Option(help="The folder of NAME.svg.")] = PLOTS) -> None:
+    """Draw the committed rows: how fast against the rival, and the bandwidth reached."""
+    from benchmarks.plots import draw
+
+    for benchmark in _chosen(name):
+        path = runner.RESULTS / f"{benchmark.name}.csv"
+        if not path.exists():
+            typer.echo(f"{benchmark.name}: no rows yet")
+            continue
+        target = draw(benchmark.name, runner.read_csv(path), out)
+        typer.echo(f"wrote {target}")
+
+
+@app.command()
+def summary(folder: Annotated[Path, typer.Argument(help="What benchmarks/gpu.sh wrote.")]) -> None:
+    """One page about a run on a GPU: ceilings, ops, and which targets were met."""
+    from benchmarks.summary import page
+
+    typer.echo(page(folder))
+
+
+def _chosen(name: str) -> list[Benchmark]:
+    known = benchmarks()
+    if name == "all":
+        return list(known.values())
+    if name not in known:
+        raise typer.BadParameter(f"must be all or one of {', '.join(known)}, got {name}")
+    return [known[name]]
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

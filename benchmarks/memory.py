@@ -6,11 +6,22 @@ import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 _SELF = Path("/proc/self")
 
 
-def peak_extra_bytes(call: Callable[[], object]) -> int | None:
-    """The growth of the resident set's high-water mark during a call; None where /proc is not there."""
+def peak_extra_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
+    """The growth of the high-water mark during a call: of the resident set on the CPU (None where /proc is not
+    there), of the allocator's memory on a GPU.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - allocated
     try:
         # Freed blocks that malloc keeps would hide an allocation.
         ctypes.CDLL(None).malloc_trim(0)

@@ -11,18 +11,26 @@ Call = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Contender:
-    """One implementation of a case."""
+    """One implementation of a case; threads is given where it sets its own number of them."""
 
     backend: str
     instruction_set: str
     call: Call
+    threads: int | None = None
+
+    @property
+    def label(self) -> str:
+        if self.threads is None:
+            return self.backend
+        return f"{self.backend}, {self.threads} thread{'' if self.threads == 1 else 's'}"
 
 
 @dataclass(frozen=True)
 class Case:
     """One op on one shape: a rival, and the contenders measured against it in the same run.
 
-    bytes is what the op must at least read and write, from which the bandwidth follows.
+    bytes is what the op must at least read and write, from which the bandwidth follows; flop is what it must
+    multiply and add, 0 where that is beside the point.
     """
 
     op: str
@@ -32,19 +40,36 @@ class Case:
     input_sets: int
     rival: Contender
     contenders: Sequence[Contender]
+    flop: int = 0
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A named list of cases, made one after another, and the tests that must pass before any is measured."""
+    """A named list of cases, made one after another, and the tests that must pass before any is measured.
+
+    cases: gets whether to be quick, and is called under `torch.device`, so that factories put tensors there
+    tests: files, or patterns of files, from the checkout's root
+    device: what it is meant for, "cpu" or "cuda"; with --quick it also runs on the other one
+    """
 
     name: str
     cases: Callable[[bool], Sequence[Callable[[], Case]]]
     tests: Sequence[str] = field(default_factory=tuple)
+    device: str = "cpu"
 
 
 def benchmarks() -> dict[str, Benchmark]:
     """Every benchmark by name."""
-    from benchmarks import noise_ops
+    from benchmarks import gpu_ceilings, gpu_delta_ops, gpu_group_norm_silu, gpu_noise_ops, noise_ops, noise_ops_threads
 
-    return {entry.name: entry for entry in (noise_ops.BENCHMARK,)}
+    return {
+        entry.name: entry
+        for entry in (
+            noise_ops.BENCHMARK,
+            noise_ops_threads.BENCHMARK,
+            gpu_ceilings.BENCHMARK,
+            gpu_noise_ops.BENCHMARK,
+            gpu_group_norm_silu.BENCHMARK,
+            gpu_delta_ops.BENCHMARK,
+        )
+    }

@@ -1,22 +1,24 @@
-"""Times cases with their rivals interleaved, and writes one CSV row for each contender."""
+"""Measures the cases of a benchmark, and writes one CSV row for each contender."""
 
 from __future__ import annotations
 
 import csv
+import importlib.util
+import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.provenance import ROOT, provenance
-from benchmarks.registry import Benchmark, Case, Contender
+from benchmarks.registry import Benchmark, Case
+from benchmarks.timing import cuda_stopwatch, host_stopwatch, measure
 
+RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = [
     "op",
     "backend",
@@ -31,6 +33,7 @@ COLUMNS = [
     "repetitions",
     "bytes",
     "gb_per_s",
+    "tflop_per_s",
     "peak_memory_mib",
     "rival",
     "rival_median_ms",
@@ -42,104 +45,136 @@ COLUMNS = [
     "guda_fast",
     "commit",
     "date",
+    "command",
 ]
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Seconds of each repetition."""
+class Settings:
+    """How to run a benchmark; device None is the one that it is meant for."""
 
-    seconds: Sequence[float]
+    threads: int = 1
+    repetitions: int = 31
+    quick: bool = False
+    device: str | None = None
 
-    def quantile(self, fraction: float) -> float:
-        return float(np.quantile(self.seconds, fraction))
+    def command(self, name: str) -> str:
+        """What to type for the same rows."""
+        given = [f"python -m benchmarks run {name}"]
+        given += [f"--threads {self.threads}"] if self.threads != Settings.threads else []
+        given += [f"--repetitions {self.repetitions}"] if self.repetitions != Settings.repetitions else []
+        given += ["--quick"] if self.quick else []
+        given += [f"--device {self.device}"] if self.device is not None else []
+        return " ".join(given)
 
-    @property
-    def median(self) -> float:
-        return self.quantile(0.5)
+
+def missing_device(benchmark: Benchmark, settings: Settings) -> str | None:
+    """Why the benchmark cannot run here, or None."""
+    device = settings.device or benchmark.device
+    if device == "cuda" and not torch.cuda.is_available():
+        return "torch finds no GPU (--device cpu --quick runs it on the CPU, without measuring anything)"
+    if device != benchmark.device and not settings.quick:
+        return f"it measures {benchmark.device}; another device is for trying it out, with --quick"
+    return None
+
+
+def use_interpreter(benchmark: Benchmark, settings: Settings) -> None:
+    """Let Triton's interpreter run what is meant for a GPU, where it goes to the CPU; before triton is imported."""
+    if benchmark.device == "cuda" and settings.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def test_files(benchmark: Benchmark) -> tuple[list[str], list[str]]:
+    """The test files of a benchmark, and the names of those left out, which import what is not installed."""
+    files = sorted({path for pattern in benchmark.tests for path in ROOT.glob(pattern)})
+    absent = [name for name in ("hypothesis", "diffusers") if importlib.util.find_spec(name) is None]
+    lines = tuple(f"{word} {name}" for word in ("import", "from") for name in absent)
+    left_out = [path for path in files if any(line.startswith(lines) for line in path.read_text().splitlines())]
+    return [str(path) for path in files if path not in left_out], [path.name for path in left_out]
 
 
 def tests_pass(benchmark: Benchmark) -> bool:
     """Whether the tests of what is about to be measured pass; their output goes to the terminal."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *benchmark.tests]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+    files, left_out = test_files(benchmark)
+    if left_out:
+        print(f"{benchmark.name}: left out for want of hypothesis or diffusers: {', '.join(left_out)}", flush=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *files]
+    return bool(files) and subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
 
-def measure(
-    contenders: Sequence[Contender],
-    input_sets: int,
-    repetitions: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> list[Timing]:
-    """Time the contenders in turn, on rotating input sets, after one warm-up on each set.
-
-    Interleaved, so that a change of the machine's speed meets all of them; every call takes the next set, so
-    that none finds its inputs in a cache (sets together exceed the last level).
-    """
-    for contender in contenders:
-        for number in range(input_sets):
-            contender.call(number)
-    seconds: list[list[float]] = [[] for _ in contenders]
-    turn = 0
-    for _ in range(repetitions):
-        for own, contender in zip(seconds, contenders, strict=True):
-            turn += 1
-            start = clock()
-            contender.call(turn % input_sets)
-            own.append(clock() - start)
-    return [Timing(own) for own in seconds]
-
-
-def case_rows(case: Case, repetitions: int, shared: dict[str, str]) -> Iterator[dict[str, object]]:
+def case_rows(case: Case, repetitions: int, device: str, shared: dict[str, str]) -> Iterator[dict[str, object]]:
     """The rival's row, whose ratio is 1, then one for each contender."""
     everyone = [case.rival, *case.contenders]
-    timings = measure(everyone, case.input_sets, repetitions)
+    stopwatch = cuda_stopwatch if device == "cuda" else host_stopwatch
+    threads = torch.get_num_threads()
+    timings = measure(everyone, case.input_sets, repetitions, stopwatch)
     for contender, timing in zip(everyone, timings, strict=True):
-        peak = peak_extra_bytes(lambda contender=contender: contender.call(0))  # type: ignore[misc]
+        peak = peak_extra_bytes(lambda contender=contender: contender.call(0), device)  # type: ignore[misc]
         yield {
             "op": case.op,
             "backend": contender.backend,
             "shapes": case.shapes,
             "dtype": case.dtype,
-            "threads": torch.get_num_threads(),
+            "threads": contender.threads or threads,
             "instruction_set": contender.instruction_set,
-            "median_ms": f"{timing.median * 1e3:.3f}",
-            "p20_ms": f"{timing.quantile(0.2) * 1e3:.3f}",
-            "p80_ms": f"{timing.quantile(0.8) * 1e3:.3f}",
+            "median_ms": f"{timing.median * 1e3:.4g}",
+            "p20_ms": f"{timing.quantile(0.2) * 1e3:.4g}",
+            "p80_ms": f"{timing.quantile(0.8) * 1e3:.4g}",
             "repetitions": repetitions,
             "bytes": case.bytes,
-            "gb_per_s": f"{case.bytes / timing.median / 1e9:.2f}",
+            "gb_per_s": f"{case.bytes / timing.median / 1e9:.4g}",
+            "tflop_per_s": f"{case.flop / timing.median / 1e12:.4g}" if case.flop else "",
             "peak_memory_mib": "" if peak is None else f"{peak / 2**20:.1f}",
-            "rival": case.rival.backend,
-            "rival_median_ms": f"{timings[0].median * 1e3:.3f}",
-            "ratio": f"{timings[0].median / timing.median:.2f}",
+            "rival": case.rival.label,
+            "rival_median_ms": f"{timings[0].median * 1e3:.4g}",
+            "ratio": f"{timings[0].median / timing.median:.4g}",
             **shared,
         }
+    torch.set_num_threads(threads)
 
 
-def run(benchmark: Benchmark, out: Path, *, threads: int, repetitions: int, quick: bool) -> bool:
+def run(benchmark: Benchmark, out: Path, settings: Settings) -> bool:
     """Test, measure, print and write; False, with nothing measured, where the tests fail."""
     if not tests_pass(benchmark):
         print(f"{benchmark.name}: its tests fail, so nothing is measured", file=sys.stderr)
         return False
-    torch.set_num_threads(threads)
-    shared = provenance()
-    rows: list[dict[str, object]] = []
-    for make_case in benchmark.cases(quick):
-        for row in case_rows(make_case(), repetitions, shared):
-            print("{op:16} {shapes:34} {dtype:9} {backend:19} {instruction_set:8}".format(**row), end=" ")
-            print("{median_ms:>9} ms  {gb_per_s:>6} GB/s  {ratio:>6}x".format(**row), flush=True)
-            rows.append(row)
-    write_csv(out, rows)
+    measure_cases(benchmark, out, settings)
     return True
 
 
+def measure_cases(benchmark: Benchmark, out: Path, settings: Settings) -> None:
+    """Measure every case of a benchmark whose tests passed.
+
+    Rows are kept in a .partial file from the first case on, and under their name when all are there.
+    """
+    device = settings.device or benchmark.device
+    torch.set_num_threads(settings.threads)
+    shared = {**provenance(device), "command": settings.command(benchmark.name)}
+    rows: list[dict[str, object]] = []
+    unfinished = out.with_suffix(".partial")
+    with torch.device(device):
+        cases = benchmark.cases(settings.quick)
+    for make_case in cases:
+        with torch.device(device):
+            case = make_case()
+        for row in case_rows(case, settings.repetitions, device, shared):
+            print("{op:16} {shapes:34} {dtype:9} {backend:19} {instruction_set:8}".format(**row), end=" ")
+            print("{median_ms:>9} ms  {gb_per_s:>6} GB/s  {ratio:>6}x".format(**row), flush=True)
+            rows.append(row)
+        write_csv(unfinished, rows)
+        # Or its tensors would stand beside those of the next.
+        del case
+    unfinished.replace(out)
+
+
 def write_csv(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """All rows or none: the file appears under its name when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    partial.replace(path)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -67,6 +67,6 @@ def test_constraints_pin_every_direct_dependency() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
     wanted = {name.partition(">=")[0].lower().replace("_", "-") for name in requirements if "[" not in name}
-    assert wanted - pinned == set()
+    # Each CUDA build of torch requires one version of triton: a pin of ours would refuse all the others.
+    assert wanted - pinned == {"triton"}
     assert "torch==2.13.0" in lines
-    assert not any(line.startswith("triton") for line in lines)
