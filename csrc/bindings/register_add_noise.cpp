@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/register.h"
+#include "bindings/rows.h"
 #include "cpu/add_noise.h"
 
 namespace guda_fast::bindings {
@@ -13,12 +14,10 @@ void register_add_noise(py::module_& module) {
          std::int64_t queries, std::int64_t rows, Address query_index, Address query_id, Address timestep,
          Address sample, Address x0_scale, Address eps_scale, std::uint64_t seed, bool antithetic,
          int threads) {
-        cpu::add_noise(
-            pointer<float>(out), out_strides, pointer<const float>(x0), x0_strides, shape,
-            {rows, queries, pointer<const std::int64_t>(query_index), pointer<const std::int64_t>(query_id),
-             pointer<const std::int64_t>(timestep), pointer<const std::int64_t>(sample),
-             pointer<const float>(x0_scale), pointer<const float>(eps_scale), seed, antithetic},
-            threads);
+        cpu::add_noise({pointer<float>(out), out_strides, pointer<const float>(x0), x0_strides, shape,
+                        make_rows(rows, queries, query_index, query_id, timestep, sample, x0_scale, eps_scale,
+                                  seed, antithetic)},
+                       threads);
       },
       py::arg("out"), py::arg("out_strides"), py::arg("x0"), py::arg("x0_strides"), py::arg("shape"),
       py::arg("queries"), py::arg("rows"), py::arg("query_index"), py::arg("query_id"), py::arg("timestep"),

@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/register.h"
+#include "bindings/rows.h"
 #include "cpu/denoising_error.h"
 
 namespace guda_fast::bindings {
@@ -14,14 +15,16 @@ void register_denoising_error(py::module_& module) {
          std::int64_t queries, std::int64_t rows, Address query_index, Address query_id, Address timestep,
          Address sample, Address x0_scale, Address eps_scale, Address weight, std::uint64_t seed,
          bool antithetic, int threads) {
-        cpu::denoising_error(
-            pointer<double>(errors), pointer<double>(paired),
-            {pointer<const void>(predictions), prediction_strides, dtype, models}, pointer<const float>(x0),
-            x0_strides, shape,
-            {rows, queries, pointer<const std::int64_t>(query_index), pointer<const std::int64_t>(query_id),
-             pointer<const std::int64_t>(timestep), pointer<const std::int64_t>(sample),
-             pointer<const float>(x0_scale), pointer<const float>(eps_scale), seed, antithetic},
-            pointer<const double>(weight), threads);
+        cpu::denoising_error({pointer<double>(errors),
+                              pointer<double>(paired),
+                              {pointer<const void>(predictions), prediction_strides, dtype, models},
+                              pointer<const float>(x0),
+                              x0_strides,
+                              shape,
+                              make_rows(rows, queries, query_index, query_id, timestep, sample, x0_scale,
+                                        eps_scale, seed, antithetic),
+                              pointer<const double>(weight)},
+                             threads);
       },
       py::arg("errors"), py::arg("paired"), py::arg("predictions"), py::arg("prediction_strides"),
       py::arg("dtype"), py::arg("models"), py::arg("x0"), py::arg("x0_strides"), py::arg("shape"),
