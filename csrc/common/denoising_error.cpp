@@ -1,5 +1,6 @@
 #include "common/denoising_error.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "common/check.h"
@@ -25,9 +26,9 @@ DenoisingErrorLayouts checked(const DenoisingErrorCall& call) {
   const Samples samples = checked_samples(kOp, call.x0, call.x0_strides, call.shape, call.rows);
   const std::int64_t models = predictions.models, rows = call.rows.rows;
   require(models >= 0, kOp, ": models must be at least 0, got ", models);
-  const std::int64_t all = rows > 0 && samples.elements > 0 ? rows * samples.elements : 1;
-  require(models <= std::numeric_limits<std::int64_t>::max() / all, kOp,
-          ": predictions must have at most 2**63 - 1 elements");
+  const std::int64_t most = std::numeric_limits<std::int64_t>::max();
+  require(models == 0 || rows <= most / models / std::max<std::int64_t>(samples.elements, 1), kOp,
+          ": predictions must have at most 2**63 - 1 elements, got ", models, " models and ", rows, " rows");
   const Layout layout(kOp, "prediction_strides", {models, rows}, call.shape, predictions.strides);
   if (models > 0 && rows > 0) {
     require_pointer(call.errors, kOp, "errors");
