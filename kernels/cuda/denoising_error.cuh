@@ -143,7 +143,7 @@ class Lanes {
     constexpr int kBatch = !kPacked ? 4 : kPaired ? 8 : 16;
     LaneSums<kCount> sums = {};
     while (index_ + (kBatch - 1) * kLanes + kCount <= chunk_.elements) {
-      Word<Storage, kCount> prediction[kBatch], base[kBatch];
+      Word<Storage, kCount> prediction[kBatch] = {}, base[kBatch] = {};
       for (int step = 0; step < kBatch; ++step) {
         prediction[step] = read_word<Storage, kCount>(prediction_ + at_.offset);
         if (kPaired) base[step] = read_word<Storage, kCount>(base_ + at_.offset);
