@@ -22,11 +22,12 @@ if(NOT guda_fast_nvcc)
   return()
 endif()
 
-# Those of our list that this nvcc knows, and the newest also as PTX for devices to come.
+# Those of our list that this nvcc knows, and the newest also as PTX for devices to come. Code for 80 also runs on 86
+# and 89.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   execute_process(COMMAND "${guda_fast_nvcc}" --list-gpu-arch OUTPUT_VARIABLE known COMMAND_ERROR_IS_FATAL ANY)
   set(CMAKE_CUDA_ARCHITECTURES "")
-  foreach(architecture IN ITEMS 75 80 86 89 90 100 120)
+  foreach(architecture IN ITEMS 75 80 90 100 120)
     if(known MATCHES "compute_${architecture}(\n|$)")
       list(APPEND CMAKE_CUDA_ARCHITECTURES "${architecture}-real")
       set(newest "${architecture}")
@@ -38,5 +39,12 @@ set(CMAKE_CUDA_COMPILER "${guda_fast_nvcc}")
 set(CMAKE_CUDA_STANDARD 17)
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
+
+# Without fused multiply-add normals have the bits of the C++ kernels (kernels/cuda/philox.cuh). ptxas fails where a
+# kernel's registers spill to memory.
+set(GUDA_FAST_CUDA_FLAGS --fmad=false -Xcompiler=-Wall,-Wextra)
+if(GUDA_FAST_WERROR)
+  list(APPEND GUDA_FAST_CUDA_FLAGS --Werror=all-warnings -Xcompiler=-Werror -Xptxas=--warn-on-spills,--warning-as-error)
+endif()
 set(GUDA_FAST_WITH_CUDA 1)
 message(STATUS "guda_fast: CUDA ${CUDAToolkit_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")

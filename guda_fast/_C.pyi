@@ -1,4 +1,5 @@
-# The native extension (csrc/bindings). Pointers are integers, strides count elements.
+# The native extension (csrc/bindings). Pointers are integers, strides count elements. The functions named cuda_<op>
+# are there where cuda_status()["compiled"] is true.
 from collections.abc import Sequence
 
 def add_noise(
@@ -42,6 +43,52 @@ def denoising_error(
     antithetic: bool,
     threads: int,
 ) -> None: ...
+def cuda_add_noise(
+    out: int,
+    out_strides: Sequence[int],
+    x0: int,
+    x0_strides: Sequence[int],
+    shape: Sequence[int],
+    queries: int,
+    rows: int,
+    query_index: int,
+    query_id: int,
+    timestep: int,
+    sample: int,
+    x0_scale: int,
+    eps_scale: int,
+    seed: int,
+    antithetic: bool,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_denoising_error(
+    errors: int,
+    paired: int,
+    predictions: int,
+    prediction_strides: Sequence[int],
+    dtype: str,
+    models: int,
+    x0: int,
+    x0_strides: Sequence[int],
+    shape: Sequence[int],
+    queries: int,
+    rows: int,
+    query_index: int,
+    query_id: int,
+    timestep: int,
+    sample: int,
+    x0_scale: int,
+    eps_scale: int,
+    weight: int,
+    seed: int,
+    antithetic: bool,
+    workspace: int,
+    workspace_size: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_denoising_error_workspace(models: int, rows: int, elements: int, paired: bool) -> int: ...
 def group_norm_silu(
     out: int,
     out_strides: Sequence[int],

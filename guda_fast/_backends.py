@@ -24,7 +24,7 @@ from guda_fast._validate import check_choice
 from guda_fast.errors import BackendUnavailableError
 
 ENVIRONMENT_VARIABLE = "GUDA_FAST_BACKEND"
-BACKEND_NAMES = ("auto", "cpp", "triton", "reference")
+BACKEND_NAMES = ("auto", "cpp", "triton", "cuda", "reference")
 
 
 class Request(Protocol):
@@ -201,6 +201,18 @@ def native_unavailable() -> str | None:
     if native() is None:
         return "the extension guda_fast._C was not built (GUDA_FAST_NATIVE=OFF, or not installed)"
     return None
+
+
+@functools.cache
+def cuda_unavailable() -> str | None:
+    """Why the `cuda` backend cannot run on this machine, whatever the call, or None."""
+    extension = native()
+    if extension is None:
+        return native_unavailable()
+    status = extension.cuda_status()
+    if not status["compiled"]:
+        return "the extension guda_fast._C was built without CUDA (GUDA_FAST_CUDA=OFF, or no nvcc)"
+    return f"no CUDA device: {status['error']}" if status["error"] else None
 
 
 @functools.cache

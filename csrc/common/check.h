@@ -1,6 +1,7 @@
 // Argument checks that raise ValueError or IndexError in Python.
 #pragma once
 
+#include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -23,6 +24,14 @@ void require(bool holds, const Parts&... message) {
 template <typename... Parts>
 void require_index(bool holds, const Parts&... message) {
   if (!holds) throw std::out_of_range(join(message...));
+}
+
+// A pointer that is going to be read or written as T.
+template <typename T>
+void require_pointer(const T* pointer, const char* op, const char* name) {
+  require(pointer != nullptr, op, ": ", name, " must not be a null pointer");
+  require(reinterpret_cast<std::uintptr_t>(pointer) % alignof(T) == 0, op, ": ", name, " must be aligned to ",
+          alignof(T), " bytes");
 }
 
 }  // namespace guda_fast

@@ -7,15 +7,6 @@
 
 namespace guda_fast::cpu {
 
-Samples checked_samples(const char* op, const float* x0, const std::vector<std::int64_t>& x0_strides,
-                        const std::vector<std::int64_t>& shape, const Rows& rows) {
-  const std::int64_t elements = checked_elements(op, shape);
-  Layout layout(op, "x0_strides", shape, x0_strides, 1);
-  check_rows(op, rows);
-  require(x0 != nullptr || rows.rows * elements == 0, op, ": x0 must not be a null pointer");
-  return {x0, x0_strides[0], layout, elements};
-}
-
 void noised_chunk(const Kernels& kernels, float* out, const Samples& samples, const Rows& rows,
                   std::int64_t row, std::int64_t start, std::int64_t elements) {
   alignas(64) float gathered[kChunk];
@@ -30,31 +21,28 @@ void noised_chunk(const Kernels& kernels, float* out, const Samples& samples, co
       x0 = gathered;
     }
   }
-  kernels.add_noise(out, x0, rows.x0_scale[row], rows.signed_eps_scale(row), rows.stream(row),
+  kernels.add_noise(out, x0, rows.x0_scale[row], signed_eps_scale(rows, row), noise_stream(rows, row),
                     static_cast<std::uint32_t>(start / 4), elements);
 }
 
-void add_noise(float* out, const std::vector<std::int64_t>& out_strides, const float* x0,
-               const std::vector<std::int64_t>& x0_strides, const std::vector<std::int64_t>& shape,
-               const Rows& rows, int threads) {
+void add_noise(const AddNoiseCall& call, int threads) {
   constexpr const char* kOp = "add_noise";
-  const Samples samples = checked_samples(kOp, x0, x0_strides, shape, rows);
-  const Layout layout(kOp, "out_strides", shape, out_strides, 1);
+  const AddNoiseLayouts layouts = checked(call);
+  const Samples& samples = layouts.samples;
+  const Rows& rows = call.rows;
+  check_rows(kOp, rows);
   check_threads(kOp, threads);
   if (rows.rows * samples.elements == 0) return;
-  require(out != nullptr, kOp, ": out must not be a null pointer");
-  require(!layout.repeats() && (rows.rows == 1 || out_strides[0] != 0), kOp,
-          ": out_strides must not let elements overlap, got a stride of 0");
   const Kernels& chosen = kernels();
   for_each_chunk(rows.rows, samples.elements, threads, [&](std::int64_t row, std::int64_t chunk) {
     const std::int64_t start = chunk * kChunk, elements = std::min(kChunk, samples.elements - start);
-    float* to = out + row * out_strides[0];
-    if (layout.contiguous()) {
+    float* to = call.out + row * call.out_strides[0];
+    if (layouts.out.contiguous()) {
       noised_chunk(chosen, to + start, samples, rows, row, start, elements);
     } else {
       alignas(64) float noised[kChunk];
       noised_chunk(chosen, noised, samples, rows, row, start, elements);
-      layout.scatter(to, noised, start, elements);
+      layouts.out.scatter(to, noised, start, elements);
     }
   });
 }

@@ -9,16 +9,6 @@
 namespace guda_fast::cpu {
 namespace {
 
-constexpr const char* kOp = "denoising_error";
-
-Dtype parse_dtype(const std::string& name) {
-  if (name == "float32") return Dtype::float32;
-  if (name == "bfloat16") return Dtype::bfloat16;
-  require(name == "float16", kOp, ": dtype must be one of 'float32', 'bfloat16', 'float16', got '", name,
-          "'");
-  return Dtype::float16;
-}
-
 // The sums of one chunk of one row, for all models.
 template <typename T>
 void chunk_sums(ErrorSums* sums, bool paired, const Kernels& kernels, Dtype dtype,
@@ -64,20 +54,18 @@ void finish(double* errors, double* paired, const std::vector<ErrorSums>& sums, 
 
 }  // namespace
 
-void denoising_error(double* errors, double* paired, const Predictions& predictions, const float* x0,
-                     const std::vector<std::int64_t>& x0_strides, const std::vector<std::int64_t>& shape,
-                     const Rows& rows, const double* weight, int threads) {
-  const Dtype dtype = parse_dtype(predictions.dtype);
-  const Samples samples = checked_samples(kOp, x0, x0_strides, shape, rows);
-  const Layout layout(kOp, "prediction_strides", shape, predictions.strides, 2);
+void denoising_error(const DenoisingErrorCall& call, int threads) {
+  constexpr const char* kOp = "denoising_error";
+  const DenoisingErrorLayouts layouts = checked(call);
+  const Samples& samples = layouts.samples;
+  const Dtype dtype = layouts.dtype;
+  const Rows& rows = call.rows;
+  const Predictions& predictions = call.predictions;
   const std::int64_t models = predictions.models;
-  require(models >= 0, kOp, ": models must be at least 0, got ", models);
+  const bool paired = call.paired != nullptr;
+  check_rows(kOp, rows);
   check_threads(kOp, threads);
   if (models == 0 || rows.rows == 0) return;
-  require(errors != nullptr, kOp, ": errors must not be a null pointer");
-  require(weight != nullptr, kOp, ": weight must not be a null pointer");
-  require(predictions.data != nullptr || samples.elements == 0, kOp,
-          ": predictions must not be a null pointer");
   const Kernels& chosen = kernels();
   const std::int64_t chunks = (samples.elements + kChunk - 1) / kChunk;
   std::vector<ErrorSums> sums(static_cast<std::size_t>(rows.rows * chunks * models));
@@ -87,14 +75,14 @@ void denoising_error(double* errors, double* paired, const Predictions& predicti
     noised_chunk(chosen, target, samples, rows, row, start, elements);
     ErrorSums* unit = &sums[static_cast<std::size_t>((row * chunks + chunk) * models)];
     if (dtype == Dtype::float32) {
-      chunk_sums<float>(unit, paired != nullptr, chosen, dtype, predictions, layout, target, row, start,
+      chunk_sums<float>(unit, paired, chosen, dtype, predictions, layouts.predictions, target, row, start,
                         elements);
     } else {
-      chunk_sums<std::uint16_t>(unit, paired != nullptr, chosen, dtype, predictions, layout, target, row,
+      chunk_sums<std::uint16_t>(unit, paired, chosen, dtype, predictions, layouts.predictions, target, row,
                                 start, elements);
     }
   });
-  finish(errors, paired, sums, models, rows.rows, chunks, weight);
+  finish(call.errors, call.paired, sums, models, rows.rows, chunks, call.weight);
 }
 
 }  // namespace guda_fast::cpu

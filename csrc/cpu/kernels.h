@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace guda_fast::cpu {
 
 // Work and partial sums are cut at fixed places, so that results do not depend on the thread count.
@@ -13,9 +15,6 @@ constexpr std::int64_t kChunk = 4096;
 
 // Virtual lanes of a float64 sum: element j goes to lane j % 16 whatever the vector width is.
 constexpr int kLanes = 16;
-
-enum class Dtype { float32 = 0, bfloat16 = 1, float16 = 2 };
-constexpr int kDtypes = 3;
 
 // Everything of the Philox key and counter but the element block (kernels/NOISE.md).
 struct NoiseStream {

@@ -14,9 +14,13 @@ NoiseStream noise_stream(std::uint64_t seed, std::int64_t query_id, std::int64_t
           static_cast<std::uint32_t>(id), static_cast<std::uint32_t>(id >> 32)};
 }
 
-NoiseStream Rows::stream(std::int64_t row) const {
-  const std::int64_t counted = antithetic ? sample[row] & ~std::int64_t{1} : sample[row];
-  return noise_stream(seed, query_id[row], timestep[row], counted);
+NoiseStream noise_stream(const Rows& rows, std::int64_t row) {
+  const std::int64_t counted = rows.antithetic ? rows.sample[row] & ~std::int64_t{1} : rows.sample[row];
+  return noise_stream(rows.seed, rows.query_id[row], rows.timestep[row], counted);
+}
+
+float signed_eps_scale(const Rows& rows, std::int64_t row) {
+  return rows.antithetic && rows.sample[row] % 2 != 0 ? -rows.eps_scale[row] : rows.eps_scale[row];
 }
 
 void check_draw(const char* op, std::int64_t timestep, std::int64_t sample, std::int64_t row) {
@@ -31,15 +35,6 @@ void check_threads(const char* op, int threads) {
 }
 
 void check_rows(const char* op, const Rows& rows) {
-  require(rows.rows >= 0, op, ": rows must be at least 0, got ", rows.rows);
-  require(rows.queries >= 0, op, ": queries must be at least 0, got ", rows.queries);
-  if (rows.rows == 0) return;
-  require(rows.query_index != nullptr, op, ": query_index must not be a null pointer");
-  require(rows.query_id != nullptr, op, ": query_id must not be a null pointer");
-  require(rows.timestep != nullptr, op, ": timestep must not be a null pointer");
-  require(rows.sample != nullptr, op, ": sample must not be a null pointer");
-  require(rows.x0_scale != nullptr, op, ": x0_scale must not be a null pointer");
-  require(rows.eps_scale != nullptr, op, ": eps_scale must not be a null pointer");
   for (std::int64_t row = 0; row < rows.rows; ++row) {
     const std::int64_t query = rows.query_index[row];
     require_index(query >= 0 && query < rows.queries, op, ": query_index must be between 0 and ",

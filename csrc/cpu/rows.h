@@ -1,39 +1,25 @@
-// The rows of a call: which query is noised how, with which noise.
+// What the C++ kernels need of a call's rows: their noise, checks of their values, and work in chunks.
 #pragma once
 
 #include <cstdint>
 
+#include "common/rows.h"
 #include "cpu/kernels.h"
 
 namespace guda_fast::cpu {
 
-struct Rows {
-  std::int64_t rows;
-  std::int64_t queries;
-  const std::int64_t* query_index;
-  const std::int64_t* query_id;  // the bits of the unsigned id
-  const std::int64_t* timestep;
-  const std::int64_t* sample;
-  const float* x0_scale;
-  const float* eps_scale;
-  std::uint64_t seed;
-  bool antithetic;
-
-  NoiseStream stream(std::int64_t row) const;
-
-  // With the sign of an antithetic sample, which negates the normals of its even neighbour.
-  float signed_eps_scale(std::int64_t row) const {
-    return antithetic && sample[row] % 2 != 0 ? -eps_scale[row] : eps_scale[row];
-  }
-};
-
 NoiseStream noise_stream(std::uint64_t seed, std::int64_t query_id, std::int64_t timestep,
                          std::int64_t sample);
 
-// Checks the counts, the pointers and every row's query_index, timestep and sample.
+NoiseStream noise_stream(const Rows& rows, std::int64_t row);
+
+// With the sign of an antithetic sample, which negates the normals of its even neighbour.
+float signed_eps_scale(const Rows& rows, std::int64_t row);
+
+// Checks every row's query_index, timestep and sample.
 void check_rows(const char* op, const Rows& rows);
 
-// Both fit in 16 bits of the counter; `where` says which row, or is empty.
+// Both fit in 16 bits of the counter; `row` says where.
 void check_draw(const char* op, std::int64_t timestep, std::int64_t sample, std::int64_t row);
 
 void check_threads(const char* op, int threads);

@@ -1,12 +1,14 @@
-"""The rows that both noise ops work on: their validation, and their form for the C++ extension."""
+"""What both noise ops share: the rows they work on, their validation, and their table of backends."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from guda_fast import _backends
 from guda_fast._validate import check_index_range, check_int, check_tensor
 
 MAX_COUNTER = 65535  # timestep and sample share one 32-bit word of the counter
@@ -100,3 +102,46 @@ def native_reason(backend: str = "cpp", **tensors: Tensor | None) -> str | None:
         if tensor.is_neg():
             return f"{name} is a lazily negated view, whose memory holds the opposite values"
     return None
+
+
+class Request(Protocol):
+    """A validated call of a noise op."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def by_pointer(self) -> Mapping[str, Tensor | None]:
+        """The tensors of any strides that kernels read or write."""
+        ...
+
+
+RequestT = TypeVar("RequestT", bound=Request)
+ResultT = TypeVar("ResultT")
+
+
+def register(
+    name: str, request: Callable[..., RequestT], runs: Mapping[str, Callable[[RequestT], ResultT]]
+) -> _backends.Op[RequestT, ResultT]:
+    """Make a noise op known, with what `runs` holds for each backend's name."""
+
+    def native_supports(backend: str) -> Callable[[RequestT], str | None]:
+        return lambda request: native_reason(backend, **request.by_pointer)
+
+    def triton_supports(request: RequestT) -> str | None:
+        return _backends.triton_device_reason(request.device) or native_reason("triton", **request.by_pointer)
+
+    reference = _backends.Backend("reference", runs["reference"])
+    cpp = _backends.Backend(
+        "cpp", runs["cpp"], native_supports("cpp"), _backends.native_unavailable, _backends.native_detail
+    )
+    triton = _backends.Backend("triton", runs["triton"], triton_supports, _backends.triton_unavailable)
+    cuda = _backends.Backend("cuda", runs["cuda"], native_supports("cuda"), _backends.cuda_unavailable)
+    table = {"cpu": (cpp, reference, triton), "cuda": (triton, cuda, reference), "*": (reference,)}
+    return _backends.register(_backends.Op(name, request, table))
+
+
+def device_and_stream(device: torch.device) -> tuple[int, int]:
+    """The index of a CUDA device and its current stream, as the extension takes them."""
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, int(stream.cuda_stream)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from guda_fast import _backends
 from guda_fast import reference as definition
 from guda_fast._validate import check_bool, check_output
 from guda_fast.ops import _library
-from guda_fast.ops._rows import Rows, check_rows, check_seed, native_reason
+from guda_fast.ops._rows import Rows, check_rows, check_seed, device_and_stream, register
 
 _NAME = "add_noise"
 
@@ -26,6 +26,15 @@ class _Request:
     @property
     def device(self) -> torch.device:
         return self.rows.x0.device
+
+    @property
+    def by_pointer(self) -> Mapping[str, Tensor | None]:
+        return {"x0": self.rows.x0, "out": self.out}
+
+    def make_out(self) -> Tensor:
+        if self.out is not None:
+            return self.out
+        return torch.empty((self.rows.number, *self.rows.shape), dtype=torch.float32, device=self.device)
 
 
 def add_noise(
@@ -100,9 +109,7 @@ def _run_reference(request: _Request) -> Tensor:
 def _run_cpp(request: _Request) -> Tensor:
     from guda_fast import _C
 
-    rows, out = request.rows.contiguous(), request.out
-    if out is None:
-        out = torch.empty((rows.number, *rows.shape), dtype=torch.float32)
+    rows, out = request.rows.contiguous(), request.make_out()
     _C.add_noise(
         out.data_ptr(),
         out.stride(),
@@ -114,30 +121,31 @@ def _run_cpp(request: _Request) -> Tensor:
     return out
 
 
-def _cpp_supports(request: _Request) -> str | None:
-    return native_reason(x0=request.rows.x0, out=request.out)
+def _run_cuda(request: _Request) -> Tensor:
+    from guda_fast import _C
+
+    rows, out = request.rows.contiguous(), request.make_out()
+    _C.cuda_add_noise(
+        out.data_ptr(),
+        out.stride(),
+        *rows.native_arguments(),
+        request.seed,
+        request.antithetic,
+        *device_and_stream(request.device),
+    )
+    return out
 
 
 def _run_triton(request: _Request) -> Tensor:
     from guda_fast.kernels.triton.add_noise import add_noise as launch
 
-    rows, out = request.rows.contiguous(), request.out
-    if out is None:
-        out = rows.x0.new_empty((rows.number, *rows.shape))
+    rows, out = request.rows.contiguous(), request.make_out()
     launch(out, *rows.split(), seed_bits=_library.seed_to_bits(request.seed), antithetic=request.antithetic)
     return out
 
 
-def _triton_supports(request: _Request) -> str | None:
-    reason = _backends.triton_device_reason(request.device)
-    return reason or native_reason("triton", x0=request.rows.x0, out=request.out)
-
-
-_REFERENCE = _backends.Backend("reference", _run_reference)
-_CPP = _backends.Backend("cpp", _run_cpp, _cpp_supports, _backends.native_unavailable, _backends.native_detail)
-_TRITON = _backends.Backend("triton", _run_triton, _triton_supports, _backends.triton_unavailable)
-_TABLE = {"cpu": (_CPP, _REFERENCE, _TRITON), "cuda": (_TRITON, _REFERENCE), "*": (_REFERENCE,)}
-_OP = _backends.register(_backends.Op(_NAME, _request, _TABLE))
+_RUNS = {"reference": _run_reference, "cpp": _run_cpp, "triton": _run_triton, "cuda": _run_cuda}
+_OP = register(_NAME, _request, _RUNS)
 
 
 def _registered(

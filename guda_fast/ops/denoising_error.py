@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from guda_fast import _backends
 from guda_fast import reference as definition
 from guda_fast._validate import check_bool, check_tensor
 from guda_fast.ops import _library
-from guda_fast.ops._rows import Rows, check_rows, check_seed, native_reason
+from guda_fast.ops._rows import NativeRows, Rows, Sizes, check_rows, check_seed, device_and_stream, register
 from guda_fast.reference.denoising_error import DenoisingError
 
 _NAME = "denoising_error"
@@ -30,6 +30,31 @@ class _Request:
     @property
     def device(self) -> torch.device:
         return self.rows.x0.device
+
+    @property
+    def by_pointer(self) -> Mapping[str, Tensor | None]:
+        return {"x0": self.rows.x0, "predictions": self.predictions}
+
+    def make_results(self) -> DenoisingError:
+        errors = torch.empty(self.predictions.shape[:2], dtype=torch.float64, device=self.device)
+        return DenoisingError(errors, torch.empty_like(errors) if self.paired else None)
+
+    def native_arguments(
+        self, results: DenoisingError, rows: Rows, weight: Tensor
+    ) -> tuple[int, int, int, Sizes, str, int, *NativeRows, int, int, bool]:
+        """The extension's arguments up to antithetic, valid while results, (contiguous) rows and weight live."""
+        return (
+            results.errors.data_ptr(),
+            0 if results.paired is None else results.paired.data_ptr(),
+            self.predictions.data_ptr(),
+            self.predictions.stride(),
+            str(self.predictions.dtype).removeprefix("torch."),
+            self.predictions.shape[0],
+            *rows.native_arguments(),
+            weight.data_ptr(),
+            self.seed,
+            self.antithetic,
+        )
 
 
 def denoising_error(
@@ -125,57 +150,44 @@ def _run_reference(request: _Request) -> DenoisingError:
 def _run_cpp(request: _Request) -> DenoisingError:
     from guda_fast import _C
 
-    rows, predictions, weight = (request.rows.contiguous(), request.predictions, request.weight.contiguous())
-    errors = torch.empty(predictions.shape[:2], dtype=torch.float64)
-    paired = torch.empty_like(errors) if request.paired else None
-    _C.denoising_error(
-        errors.data_ptr(),
-        0 if paired is None else paired.data_ptr(),
-        predictions.data_ptr(),
-        predictions.stride(),
-        str(predictions.dtype).removeprefix("torch."),
-        predictions.shape[0],
-        *rows.native_arguments(),
-        weight.data_ptr(),
-        request.seed,
-        request.antithetic,
-        torch.get_num_threads(),
+    rows, weight, results = request.rows.contiguous(), request.weight.contiguous(), request.make_results()
+    _C.denoising_error(*request.native_arguments(results, rows, weight), torch.get_num_threads())
+    return results
+
+
+def _run_cuda(request: _Request) -> DenoisingError:
+    from guda_fast import _C
+
+    rows, weight, results = request.rows.contiguous(), request.weight.contiguous(), request.make_results()
+    models = request.predictions.shape[0]
+    size = _C.cuda_denoising_error_workspace(models, rows.number, rows.shape.numel(), request.paired)
+    workspace = torch.empty(size, dtype=torch.float64, device=request.device)
+    _C.cuda_denoising_error(
+        *request.native_arguments(results, rows, weight),
+        workspace.data_ptr(),
+        size,
+        *device_and_stream(request.device),
     )
-    return DenoisingError(errors, paired)
-
-
-def _cpp_supports(request: _Request) -> str | None:
-    return native_reason(x0=request.rows.x0, predictions=request.predictions)
+    return results
 
 
 def _run_triton(request: _Request) -> DenoisingError:
     from guda_fast.kernels.triton.denoising_error import denoising_error as launch
 
-    predictions = request.predictions
-    errors = predictions.new_empty(predictions.shape[:2], dtype=torch.float64)
-    paired = torch.empty_like(errors) if request.paired else None
+    results = request.make_results()
     launch(
-        errors,
-        paired,
-        predictions,
+        *results,
+        request.predictions,
         *request.rows.contiguous().split(),
         request.weight.contiguous(),
         seed_bits=_library.seed_to_bits(request.seed),
         antithetic=request.antithetic,
     )
-    return DenoisingError(errors, paired)
+    return results
 
 
-def _triton_supports(request: _Request) -> str | None:
-    reason = _backends.triton_device_reason(request.device)
-    return reason or native_reason("triton", x0=request.rows.x0, predictions=request.predictions)
-
-
-_REFERENCE = _backends.Backend("reference", _run_reference)
-_CPP = _backends.Backend("cpp", _run_cpp, _cpp_supports, _backends.native_unavailable, _backends.native_detail)
-_TRITON = _backends.Backend("triton", _run_triton, _triton_supports, _backends.triton_unavailable)
-_TABLE = {"cpu": (_CPP, _REFERENCE, _TRITON), "cuda": (_TRITON, _REFERENCE), "*": (_REFERENCE,)}
-_OP = _backends.register(_backends.Op(_NAME, _request, _TABLE))
+_RUNS = {"reference": _run_reference, "cpp": _run_cpp, "triton": _run_triton, "cuda": _run_cuda}
+_OP = register(_NAME, _request, _RUNS)
 
 
 def _registered(

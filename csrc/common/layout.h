@@ -4,21 +4,25 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <string>
 #include <vector>
 
-namespace guda_fast::cpu {
+namespace guda_fast {
 
 constexpr int kMaxDims = 4;
 
 // Sizes and strides in elements, with dimensions that lie next to each other in memory merged.
 class Layout {
  public:
-  // `strides` begins with `leading` strides of outer dimensions, which are not part of the layout.
-  Layout(const char* op, const std::string& name, const std::vector<std::int64_t>& shape,
-         const std::vector<std::int64_t>& strides, std::size_t leading);
+  // `strides` begins with those of the outer dimensions, whose sizes are `outer` and which are not
+  // part of the layout.
+  Layout(const char* op, const char* name, const std::vector<std::int64_t>& outer,
+         const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides);
 
   bool contiguous() const { return dims_ == 1 && strides_[0] == 1; }
+
+  int dims() const { return dims_; }
+  std::int64_t size(int dim) const { return sizes_[dim]; }
+  std::int64_t stride(int dim) const { return strides_[dim]; }
 
   // Whether two elements share one address through a stride of zero.
   bool repeats() const;
@@ -71,4 +75,4 @@ class Layout {
 // The number of elements of a sample; checks the shape.
 std::int64_t checked_elements(const char* op, const std::vector<std::int64_t>& shape);
 
-}  // namespace guda_fast::cpu
+}  // namespace guda_fast
