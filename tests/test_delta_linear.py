@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,6 +67,17 @@ def test_empty(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["dense", "rank 3", "bias"])
+@pytest.mark.parametrize("offsets", [OFFSETS, None], ids=["segments", "shared"])
+def test_no_delta_or_no_feature_at_all(backend: str, form: str, offsets: Tensor | None) -> None:
+    index = torch.full((6,), -1)
+    layer = linear_layer(form, number=0)
+    layer.check(run(layer, offsets, index, backend), offsets, index)
+    nothing = linear_layer(form, (9, 0))
+    nothing.check(run(nothing, offsets, INDEX, backend), offsets, INDEX)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", ["dense", "rank 3"])
 def test_strides_change_nothing(backend: str, form: str) -> None:
     layer = linear_layer(form, (9, 4, 6))
@@ -117,6 +131,26 @@ def test_results_carry_no_gradient() -> None:
     layer = linear_layer("rank 3")
     layer.weight.requires_grad_()
     assert not run(layer, OFFSETS, INDEX).requires_grad
+    assert not torch.compile(run, fullgraph=True, backend="aot_eager")(layer, OFFSETS, INDEX).requires_grad
+
+
+@pytest.mark.parametrize("old_way", [False, True])
+def test_tf32_is_asked_for_in_the_way_that_it_was_set(old_way: bool) -> None:
+    """torch 2.9 and newer raise where `allow_tf32` is read after `fp32_precision` was set."""
+    setting = """
+import torch
+from guda_fast.ops._deltas import tf32_allowed
+matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+assert [tf32_allowed(matmul), tf32_allowed(conv)] == [False, True]
+if OLD_WAY:
+    matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = True, False
+else:
+    matmul.fp32_precision, conv.fp32_precision = "tf32", "ieee"
+assert [tf32_allowed(matmul), tf32_allowed(conv)] == [True, False]
+"""
+    script = setting.replace("OLD_WAY", str(old_way))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_explain() -> None:

@@ -18,11 +18,11 @@ class Window(NamedTuple):
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
 
-    def output_size(self, image: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
+    def output_size(self, x: Tensor, weight: Tensor) -> tuple[int, int]:
         """Height and width of the result; zero or less where the window does not fit."""
         height, width = (
             (size + 2 * pad - spread * (taps - 1) - 1) // step + 1
-            for size, taps, step, pad, spread in zip(image, kernel, *self, strict=True)
+            for size, taps, step, pad, spread in zip(x.shape[2:], weight.shape[2:], *self, strict=True)
         )
         return height, width
 
@@ -31,6 +31,17 @@ def output_format(x: Tensor) -> torch.memory_format:
     """Channels-last where x is and is not contiguous too."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def empty_output(x: Tensor, weight: Tensor, window: Window, models: int | None = None) -> Tensor:
+    """Memory for the result [(R, O, P, Q), or (M, R, O, P, Q) where the models are given]."""
+    rows = x.shape[0] if models is None else models * x.shape[0]
+    shape = (rows, weight.shape[0], *window.output_size(x, weight))
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=output_format(x))
+    if models is None:
+        return out
+    result: Tensor = out.unflatten(0, (models, x.shape[0]))
+    return result
 
 
 def delta_conv2d(
@@ -67,21 +78,17 @@ def delta_conv2d(
             if k >= 0:
                 _add_delta(out[rows], _hidden(x[rows], deltas, slice(k, k + 1), window), deltas, k)
         return out
-    out = _empty(x, weight, x.shape[0], window)
+    out = empty_output(x, weight, window)
     for rows, k in segments(offsets, index):
         out[rows] = F.conv2d(x[rows], *deltas.merged(weight, bias, k), *window)
     return out
 
 
-def _empty(x: Tensor, weight: Tensor, rows: int, window: Window) -> Tensor:
-    height, width = window.output_size((x.shape[2], x.shape[3]), (weight.shape[-2], weight.shape[-1]))
-    shape = (rows, weight.shape[0], height, width)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=output_format(x))
-
-
 def _hidden(x: Tensor, deltas: Deltas, ks: slice, window: Window) -> Tensor | None:
     """What the down weights of some deltas see, stacked along the channels."""
-    return None if deltas.down is None else F.conv2d(x, deltas.down[ks].flatten(0, 1), None, *window)
+    if deltas.down is None or deltas.number == 0:
+        return None
+    return F.conv2d(x, deltas.down[ks].flatten(0, 1), None, *window)
 
 
 def _add_delta(out: Tensor, hidden: Tensor | None, deltas: Deltas, k: int) -> None:
@@ -96,8 +103,8 @@ def _shared_input(
     x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Deltas, index: list[int], window: Window
 ) -> Tensor:
     """Every model on the same rows [(M, R, O, P, Q)]: one convolution for all that depends on x alone."""
-    models, rows = len(index), x.shape[0]
-    out: Tensor = _empty(x, weight, models * rows, window).unflatten(0, (models, rows))
+    models = len(index)
+    out = empty_output(x, weight, window, models)
     if not index:
         return out
     if deltas.dense is not None:
