@@ -38,8 +38,9 @@ def delta_conv2d(
 
     out[r] = x[r] * (weight + delta[k] + up[k] down[k]) + bias + bias_delta[k],  k = delta_index[model of row r]
     Without offsets every model takes all rows: out[m, r] is the same with k = delta_index[m].
-    A dense delta is added to the weight first and rounded once to its dtype, as `DeltaBank.apply` does; low-rank
-    deltas stay factors: a convolution to r channels, then a product from r to O.
+    A dense delta is added to the weight first and rounded once to its dtype, as `DeltaBank.apply` does; low-rank deltas
+    stay factors: a convolution to r channels, then a product from r to O. In float32 and float64 the reference does
+    what is faster: the sum, or a convolution for each part.
 
     x: the rows, any strides [(R, C, H, W), float32, bfloat16, float16 or float64]
     weight, bias: the base layer, of one group [(O, C, KH, KW) and (O,), x's dtype]

@@ -33,8 +33,8 @@ def delta_linear(
 
     out[r] = x[r] (weight + delta[k] + up[k] down[k])^T + bias + bias_delta[k],  k = delta_index[model of row r]
     Without offsets every model takes all rows: out[m, r] is the same with k = delta_index[m].
-    A dense delta is added to the weight first and rounded once to its dtype, as `DeltaBank.apply` does (where a
-    model has few float32 rows the reference adds two products instead); low-rank deltas stay factors.
+    A dense delta is added to the weight first and rounded once to its dtype, as `DeltaBank.apply` does; low-rank deltas
+    stay factors. In float32 and float64 the reference does what is faster: the sum, or a product for each part.
 
     x: the rows, with token dimensions T or none, any strides [(R, *T, I), float32, bfloat16, float16 or float64]
     weight, bias: the base layer [(O, I) and (O,), x's dtype]
