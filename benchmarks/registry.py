@@ -45,6 +45,6 @@ class Benchmark:
 
 def benchmarks() -> dict[str, Benchmark]:
     """Every benchmark by name."""
-    from benchmarks import noise_ops
+    from benchmarks import delta_ops, noise_ops
 
-    return {entry.name: entry for entry in (noise_ops.BENCHMARK,)}
+    return {entry.name: entry for entry in (noise_ops.BENCHMARK, delta_ops.BENCHMARK)}
