@@ -60,16 +60,25 @@ class Benchmark:
 
 def benchmarks() -> dict[str, Benchmark]:
     """Every benchmark by name."""
-    from benchmarks import gpu_ceilings, gpu_delta_ops, gpu_group_norm_silu, gpu_noise_ops, noise_ops, noise_ops_threads
+    from benchmarks import (
+        delta_ops,
+        gpu_ceilings,
+        gpu_delta_ops,
+        gpu_group_norm_silu,
+        gpu_noise_ops,
+        group_norm_silu,
+        noise_ops,
+        noise_ops_threads,
+    )
 
-    return {
-        entry.name: entry
-        for entry in (
-            noise_ops.BENCHMARK,
-            noise_ops_threads.BENCHMARK,
-            gpu_ceilings.BENCHMARK,
-            gpu_noise_ops.BENCHMARK,
-            gpu_group_norm_silu.BENCHMARK,
-            gpu_delta_ops.BENCHMARK,
-        )
-    }
+    modules = (
+        noise_ops,
+        noise_ops_threads,
+        group_norm_silu,
+        delta_ops,
+        gpu_ceilings,
+        gpu_noise_ops,
+        gpu_group_norm_silu,
+        gpu_delta_ops,
+    )
+    return {module.BENCHMARK.name: module.BENCHMARK for module in modules}

@@ -7,7 +7,7 @@ import re
 import sys
 
 import triton
-from guda_fast.kernels.triton import add_noise, denoising_error
+from guda_fast.kernels.triton import add_noise, configs, denoising_error
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -23,18 +23,22 @@ def signature(kernel: object, pointers: dict[str, str], constants: dict[str, obj
 
 def variants() -> list[tuple[object, dict[str, str], dict[str, object], int]]:
     found = []
+    table = configs.load(configs.FOLDER / "default.json")
+    ours, theirs = table["add_noise/32"][0].config, table["denoising_error/32"][0].config
     for contiguous in (True, False):
-        constants = {"ANTITHETIC": not contiguous, "X0_CONTIGUOUS": contiguous, "BLOCKS": add_noise.BLOCKS}
+        constants = {"ANTITHETIC": not contiguous, "X0_CONTIGUOUS": contiguous, "BLOCKS": ours["blocks"]}
         pointers = {**VECTORS, "out": "*fp32", "x0": "*fp32"}
         kernel = add_noise._add_noise_kernel
-        found.append((kernel, pointers, {**constants, "OUT_CONTIGUOUS": contiguous}, add_noise.WARPS))
+        found.append((kernel, pointers, {**constants, "OUT_CONTIGUOUS": contiguous}, ours["warps"]))
         for dtype in ("fp32", "bf16", "fp16"):
             pointers = {**VECTORS, "x0": "*fp32", "predictions": f"*{dtype}", "parts": "*fp64"}
             pointers["paired_parts"] = "*fp64"
-            more = {**constants, "P_CONTIGUOUS": contiguous, "PAIRED": not contiguous}
-            found.append((denoising_error._denoising_error_kernel, pointers, more, denoising_error.WARPS))
+            more = {**constants, "P_CONTIGUOUS": contiguous, "PAIRED": not contiguous, "BLOCKS": denoising_error.BLOCKS}
+            if not contiguous:
+                more |= {"models": 1, "rows": 1}  # Triton makes an argument of 1 a constant
+            found.append((denoising_error._denoising_error_kernel, pointers, more, theirs["warps"]))
     pointers = dict.fromkeys(("result", "parts", "weight"), "*fp64")
-    found.append((denoising_error._total_kernel, pointers, {"CELLS": denoising_error.CELLS}, denoising_error.WARPS))
+    found.append((denoising_error._total_kernel, pointers, {"CELLS": denoising_error.CELLS}, theirs["warps"]))
     return found
 
 

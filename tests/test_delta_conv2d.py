@@ -94,6 +94,17 @@ def test_empty(backend: str) -> None:
     assert run(layer, None, backend).shape == (6, 0, 5, 4, 4)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["dense", "rank 3", "bias"])
+@pytest.mark.parametrize("offsets", [OFFSETS, None], ids=["segments", "shared"])
+def test_no_delta_at_all(backend: str, form: str, offsets: Tensor | None) -> None:
+    layer, index = conv_layer(form, {}, number=0), torch.full((6,), -1)
+    result = ops.delta_conv2d(
+        layer.x, layer.weight, layer.bias, offsets=offsets, delta_index=index, backend=backend, **layer.deltas
+    )
+    layer.check(result, offsets, index)
+
+
 def test_float64_is_computed_in_float64() -> None:
     for form in FORMS:
         layer = conv_layer(form, {"padding": 1}, dtype=torch.float64)
@@ -113,6 +124,11 @@ VALID = {
 INVALID = [
     ({"x": torch.zeros(3, 5, 5)}, ValueError, r"x must have shape \(\*, \*, \*, \*\)"),
     ({"weight": torch.zeros(2, 1, 3, 3)}, ValueError, r"weight must have shape \(\*, 3, \*, \*\)"),
+    (
+        {"weight": torch.zeros(0, 3, 3, 3)},
+        ValueError,
+        r"weight must have elements, got float32 tensor of shape \(0, 3,",
+    ),
     ({"down": torch.zeros(2, 1, 27)}, ValueError, r"down must have shape \(2, 1, 3, 3, 3\)"),
     ({"offsets": torch.tensor([0, 2, 3])}, ValueError, r"offsets must run from 0 to the 4 rows of x"),
     ({"stride": 0}, ValueError, r"stride must be at least 1, got 0"),

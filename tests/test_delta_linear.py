@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,7 @@ from torch import Tensor
 from delta_cases import BACKENDS, FORMS, INDEX, OFFSETS, Layer, random_layer
 from guda_fast import _backends, ops, reference
 from guda_fast.errors import BackendUnavailableError
+from guda_fast.reference.segments import Deltas
 
 
 def run(layer: Layer, offsets: Tensor | None, index: Tensor | None, backend: str = "auto") -> Tensor:
@@ -64,6 +68,17 @@ def test_empty(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["dense", "rank 3", "bias"])
+@pytest.mark.parametrize("offsets", [OFFSETS, None], ids=["segments", "shared"])
+def test_no_delta_or_no_feature_at_all(backend: str, form: str, offsets: Tensor | None) -> None:
+    index = torch.full((6,), -1)
+    layer = linear_layer(form, number=0)
+    layer.check(run(layer, offsets, index, backend), offsets, index)
+    nothing = linear_layer(form, (9, 0))
+    nothing.check(run(nothing, offsets, INDEX, backend), offsets, INDEX)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", ["dense", "rank 3"])
 def test_strides_change_nothing(backend: str, form: str) -> None:
     layer = linear_layer(form, (9, 4, 6))
@@ -85,12 +100,26 @@ def test_a_model_without_delta_never_reads_one(backend: str) -> None:
             layer.check(result, offsets, torch.full((6,), -1))
 
 
-@pytest.mark.parametrize("rows", [2, 40])
-def test_few_and_many_rows_a_model(rows: int) -> None:
-    """Two ways of the reference: a second product, or the sum of weight and delta."""
-    layer = linear_layer("dense", (3 * rows, 8))
-    offsets, index = rows * torch.arange(4), torch.tensor([1, -1, 2])
-    layer.check(run(layer, offsets, index, "reference"), offsets, index)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["dense", "rank 3"])
+@pytest.mark.parametrize("rows", [2, 90])
+def test_few_and_many_rows_a_model(rows: int, form: str, dtype: torch.dtype) -> None:
+    """Two ways of the reference: a second product, or the sum of weight and delta; in bfloat16 always the same."""
+    layer = linear_layer(form, (3 * rows, 8), 12, dtype=dtype)
+    deltas = Deltas(*(layer.deltas.get(name) for name in ("delta", "up", "down", "bias_delta")))
+    assert deltas.merging_pays(layer.weight, rows) == ((rows == 90) if dtype == torch.float32 else form == "dense")
+    index = torch.tensor([1, -1, 2])
+    for offsets in (rows * torch.arange(4), None):
+        layer.check(run(layer, offsets, index, "reference"), offsets, index)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_factors_are_not_erased_in_low_precision(backend: str) -> None:
+    """A delta of less than half a step of the weight, which merging would round away."""
+    x, weight = torch.ones(20, 4).bfloat16(), torch.tensor([[256.0, -256.0, 256.0, -256.0]]).bfloat16()
+    up, down = torch.full((1, 1, 1), 0.125).bfloat16(), torch.ones(1, 1, 4).bfloat16()
+    result = ops.delta_linear(x, weight, offsets=torch.tensor([0, 20]), up=up, down=down, backend=backend)
+    assert (result == 0.5).all()
 
 
 def test_float64_is_computed_in_float64_by_the_reference() -> None:
@@ -117,6 +146,26 @@ def test_results_carry_no_gradient() -> None:
     layer = linear_layer("rank 3")
     layer.weight.requires_grad_()
     assert not run(layer, OFFSETS, INDEX).requires_grad
+    assert not torch.compile(run, fullgraph=True, backend="aot_eager")(layer, OFFSETS, INDEX).requires_grad
+
+
+@pytest.mark.parametrize("old_way", [False, True])
+def test_tf32_is_asked_for_in_the_way_that_it_was_set(old_way: bool) -> None:
+    """torch 2.9 and newer raise where `allow_tf32` is read after `fp32_precision` was set."""
+    setting = """
+import torch
+from guda_fast.ops._deltas import tf32_allowed
+matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+assert [tf32_allowed(matmul), tf32_allowed(conv)] == [False, True]
+if OLD_WAY:
+    matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = True, False
+else:
+    matmul.fp32_precision, conv.fp32_precision = "tf32", "ieee"
+assert [tf32_allowed(matmul), tf32_allowed(conv)] == [True, False]
+"""
+    script = setting.replace("OLD_WAY", str(old_way))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_explain() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,45 +11,11 @@ from torch import Tensor
 from guda_fast import _backends
 from guda_fast import reference as definition
 from guda_fast._validate import check_int, check_tensor, describe
-from guda_fast.ops._deltas import (
-    DTYPES,
-    check_bias,
-    check_deltas,
-    check_segment_values,
-    check_segments,
-    triton_reason,
-)
-from guda_fast.reference.delta_conv2d import Window, output_format
-from guda_fast.reference.segments import Deltas
+from guda_fast.ops import _library
+from guda_fast.ops._deltas import DTYPES, Arguments, Request, backends, check_shapes, check_values, tf32_allowed
+from guda_fast.reference.delta_conv2d import Window, empty_output
 
 _NAME = "delta_conv2d"
-
-
-@dataclass(frozen=True)
-class _Request:
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    offsets: Tensor | None
-    deltas: Deltas
-    delta_index: Tensor | None
-    models: int
-    window: Window
-
-    @property
-    def device(self) -> torch.device:
-        return self.x.device
-
-    def empty_output(self) -> Tensor:
-        height, width = self.window.output_size(_image(self.x), _image(self.weight))
-        models = 1 if self.offsets is not None else self.models
-        shape = (models * self.x.shape[0], self.weight.shape[0], height, width)
-        out = torch.empty(shape, dtype=self.x.dtype, device=self.device, memory_format=output_format(self.x))
-        return out if self.offsets is not None else out.unflatten(0, (models, self.x.shape[0]))
-
-
-def _image(tensor: Tensor) -> tuple[int, int]:
-    return tensor.shape[-2], tensor.shape[-1]
 
 
 def delta_conv2d(
@@ -72,8 +38,9 @@ def delta_conv2d(
 
     out[r] = x[r] * (weight + delta[k] + up[k] down[k]) + bias + bias_delta[k],  k = delta_index[model of row r]
     Without offsets every model takes all rows: out[m, r] is the same with k = delta_index[m].
-    A dense delta is added to the weight first and rounded once to its dtype, as `DeltaBank.apply` does; low-rank
-    deltas stay factors: a convolution to r channels, then a product from r to O.
+    A dense delta is added to the weight first and rounded once to its dtype, as `DeltaBank.apply` does; low-rank deltas
+    stay factors: a convolution to r channels, then a product from r to O. In float32 and float64 the reference does
+    what is faster: the sum, or a convolution for each part.
 
     x: the rows, any strides [(R, C, H, W), float32, bfloat16, float16 or float64]
     weight, bias: the base layer, of one group [(O, C, KH, KW) and (O,), x's dtype]
@@ -89,7 +56,7 @@ def delta_conv2d(
     backend: "auto" or a name, see `explain`
 
     The values of offsets and delta_index are checked on the CPU; elsewhere that would synchronise, and they are
-    the caller's duty. float32 products are as exact as `torch.backends.cudnn.allow_tf32` says.
+    the caller's duty. float32 products are as exact as `torch.backends.cudnn.conv` says.
 
     Returns a new tensor, channels-last where x is (and is not contiguous too)
     [(R, O, P, Q), or (M, R, O, P, Q) without offsets]. It carries no gradient.
@@ -100,78 +67,37 @@ def delta_conv2d(
     >>> delta_conv2d(x, weight, delta=delta, delta_index=torch.tensor([-1, 0])).flatten()
     tensor([9., 0.])
     """
+    tensors = Arguments(x, weight, bias, offsets, delta, up, down, bias_delta, delta_index)
     if torch.compiler.is_compiling():
-        window = check_window(stride, padding, dilation)
         with torch.no_grad():
-            node: Tensor = _library_op(
-                x, weight, bias, offsets, delta, up, down, bias_delta, delta_index, *window, backend
-            )
+            node: Tensor = _NODE(*tensors, *_window(stride, padding, dilation), backend)
             return node
-    request = _request(
-        x,
-        weight,
-        bias,
-        offsets=offsets,
-        delta=delta,
-        up=up,
-        down=down,
-        bias_delta=bias_delta,
-        delta_index=delta_index,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-    )
-    return _OP.run(request, backend)
+    return _OP.run(_request(*tensors, stride=stride, padding=padding, dilation=dilation), backend)
 
 
-def _request(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    offsets: Tensor | None = None,
-    delta: Tensor | None = None,
-    up: Tensor | None = None,
-    down: Tensor | None = None,
-    bias_delta: Tensor | None = None,
-    delta_index: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-) -> _Request:
-    window = check_window(stride, padding, dilation)
-    request = _shapes(x, weight, bias, offsets, delta, up, down, bias_delta, delta_index, window)
-    check_segment_values(_NAME, x.shape[0], request.deltas, offsets, delta_index)
+def _request(*arguments: Any, stride: object = 1, padding: object = 0, dilation: object = 1, **named: Any) -> Request:
+    request = _shapes(Arguments(*arguments, **named), _window(stride, padding, dilation))
+    check_values(_NAME, request.tensors)
     return request
 
 
-def _shapes(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    offsets: Tensor | None,
-    delta: Tensor | None,
-    up: Tensor | None,
-    down: Tensor | None,
-    bias_delta: Tensor | None,
-    delta_index: Tensor | None,
-    window: Window,
-) -> _Request:
+def _shapes(tensors: Arguments, window: Window) -> Request:
     """All of the validation that reads no values."""
-    check_tensor(_NAME, "x", x, shape=(None,) * 4, dtypes=DTYPES)
-    check_tensor(_NAME, "weight", weight, shape=(None, x.shape[1], None, None), dtypes=(x.dtype,), device=x.device)
-    check_bias(_NAME, bias, weight)
-    deltas = check_deltas(_NAME, weight, delta, up, down, bias_delta)
-    models = check_segments(_NAME, deltas, offsets, delta_index, x.device)
-    if min(window.output_size(_image(x), _image(weight))) < 1:
+    x = check_tensor(_NAME, "x", tensors.x, shape=(None,) * 4, dtypes=DTYPES)
+    layer = (None, x.shape[1], None, None)
+    weight = check_tensor(_NAME, "weight", tensors.weight, shape=layer, dtypes=(x.dtype,), device=x.device)
+    if weight.numel() == 0:
+        raise ValueError(f"{_NAME}: weight must have elements, got {describe(weight)}")
+    request = Request(tensors, check_shapes(_NAME, tensors), window)
+    if min(window.output_size(x, weight)) < 1:
         raise ValueError(
             f"{_NAME}: x must be at least as large as the window with its padding, got {describe(x)} "
             f"for a weight of shape {tuple(weight.shape)}"
         )
-    return _Request(x, weight, bias, offsets, deltas, delta_index, models, window)
+    return request
 
 
-def check_window(stride: object, padding: object, dilation: object) -> Window:
+def _window(stride: object, padding: object, dilation: object) -> Window:
     """The three as pairs of (height, width)."""
     return Window(_pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1))
 
@@ -185,53 +111,25 @@ def _pair(name: str, value: object, low: int) -> tuple[int, int]:
     return check_int(_NAME, name, value[0], low), check_int(_NAME, name, value[1], low)
 
 
-def _run_reference(request: _Request) -> Tensor:
-    delta, up, down, bias_delta = request.deltas
-    return definition.delta_conv2d(
-        request.x,
-        request.weight,
-        request.bias,
-        offsets=request.offsets,
-        delta=delta,
-        up=up,
-        down=down,
-        bias_delta=bias_delta,
-        delta_index=request.delta_index,
-        window=request.window,
-    )
+def _empty_output(request: Request) -> Tensor:
+    models = request.models if request.tensors.offsets is None else None
+    return empty_output(request.tensors.x, request.tensors.weight, request.window, models)
 
 
-def _run_triton(request: _Request) -> Tensor:
+def _run_reference(request: Request) -> Tensor:
+    return definition.delta_conv2d(**request.tensors._asdict(), window=request.window)
+
+
+def _run_triton(request: Request) -> Tensor:
     from guda_fast.kernels.triton.delta_conv2d import delta_conv2d as launch
 
-    out = request.empty_output()
-    launch(
-        out,
-        request.x,
-        request.weight,
-        request.bias,
-        request.offsets,
-        *request.deltas,
-        request.delta_index,
-        *request.window,
-        models=request.models,
-        tf32=torch.backends.cudnn.allow_tf32,
-    )
+    out = _empty_output(request)
+    tf32 = tf32_allowed(getattr(torch.backends.cudnn, "conv", torch.backends.cudnn))
+    launch(out, *request.tensors, *request.window, models=request.models, tf32=tf32)
     return out
 
 
-def _triton_supports(request: _Request) -> str | None:
-    return triton_reason(request.x, request.weight, request.bias, *request.deltas)
-
-
-# Under torch.compile alone: a custom op costs an eager call about 15 us.
-@torch.library.custom_op(
-    "guda_fast::delta_conv2d",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? offsets, Tensor? delta, Tensor? up, Tensor? down, "
-    "Tensor? bias_delta, Tensor? delta_index, int[] stride, int[] padding, int[] dilation, str backend) -> Tensor",
-)
-def _library_op(
+def _registered(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -246,34 +144,13 @@ def _library_op(
     dilation: Sequence[int],
     backend: str,
 ) -> Tensor:
-    window = check_window(stride, padding, dilation)
-    request = _shapes(x, weight, bias, offsets, delta, up, down, bias_delta, delta_index, window)
-    check_segment_values(_NAME, x.shape[0], request.deltas, offsets, delta_index)
-    return _OP.run(request, backend)
+    tensors = Arguments(x, weight, bias, offsets, delta, up, down, bias_delta, delta_index)
+    return _OP.run(_request(*tensors, stride=stride, padding=padding, dilation=dilation), backend)
 
 
-@_library_op.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    offsets: Tensor | None,
-    delta: Tensor | None,
-    up: Tensor | None,
-    down: Tensor | None,
-    bias_delta: Tensor | None,
-    delta_index: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    backend: str,
-) -> Tensor:
-    window = check_window(stride, padding, dilation)
-    return _shapes(x, weight, bias, offsets, delta, up, down, bias_delta, delta_index, window).empty_output()
+def _fake(*arguments: Any) -> Tensor:
+    return _empty_output(_shapes(Arguments(*arguments[:-4]), _window(*arguments[-4:-1])))
 
 
-_REFERENCE = _backends.Backend("reference", _run_reference)
-_TRITON = _backends.Backend("triton", _run_triton, _triton_supports, _backends.triton_unavailable)
-_OP = _backends.register(
-    _backends.Op(_NAME, _request, {"cuda": (_TRITON, _REFERENCE), "cpu": (_REFERENCE, _TRITON), "*": (_REFERENCE,)})
-)
+_OP = _backends.register(_backends.Op(_NAME, _request, backends(_run_reference, _run_triton)))
+_NODE = _library.register(_NAME, _registered, _fake)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,36 +10,10 @@ from torch import Tensor
 from guda_fast import _backends
 from guda_fast import reference as definition
 from guda_fast._validate import check_tensor
-from guda_fast.ops._deltas import (
-    DTYPES,
-    check_bias,
-    check_deltas,
-    check_segment_values,
-    check_segments,
-    triton_reason,
-)
-from guda_fast.reference.segments import Deltas
+from guda_fast.ops import _library
+from guda_fast.ops._deltas import DTYPES, Arguments, Request, backends, check_shapes, check_values, tf32_allowed
 
 _NAME = "delta_linear"
-
-
-@dataclass(frozen=True)
-class _Request:
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    offsets: Tensor | None
-    deltas: Deltas
-    delta_index: Tensor | None
-    models: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.x.device
-
-    def empty_output(self) -> Tensor:
-        models = () if self.offsets is not None else (self.models,)
-        return self.x.new_empty(*models, *self.x.shape[:-1], self.weight.shape[0])
 
 
 def delta_linear(
@@ -59,8 +33,8 @@ def delta_linear(
 
     out[r] = x[r] (weight + delta[k] + up[k] down[k])^T + bias + bias_delta[k],  k = delta_index[model of row r]
     Without offsets every model takes all rows: out[m, r] is the same with k = delta_index[m].
-    A dense delta is added to the weight first and rounded once to its dtype, as `DeltaBank.apply` does (where a
-    model has few float32 rows the reference adds two products instead); low-rank deltas stay factors.
+    A dense delta is added to the weight first and rounded once to its dtype, as `DeltaBank.apply` does; low-rank deltas
+    stay factors. In float32 and float64 the reference does what is faster: the sum, or a product for each part.
 
     x: the rows, with token dimensions T or none, any strides [(R, *T, I), float32, bfloat16, float16 or float64]
     weight, bias: the base layer [(O, I) and (O,), x's dtype]
@@ -75,7 +49,7 @@ def delta_linear(
     backend: "auto" or a name, see `explain`
 
     The values of offsets and delta_index are checked on the CPU; elsewhere that would synchronise, and they are
-    the caller's duty. float32 products are as exact as `torch.backends.cuda.matmul.allow_tf32` says.
+    the caller's duty. float32 products are as exact as `torch.backends.cuda.matmul` says.
 
     Returns a new contiguous tensor [(R, *T, O), or (M, R, *T, O) without offsets]. It carries no gradient.
     Raises TypeError or ValueError naming the argument; BackendUnavailableError where a named backend cannot.
@@ -88,106 +62,46 @@ def delta_linear(
             [6.],
             [6.]])
     """
+    tensors = Arguments(x, weight, bias, offsets, delta, up, down, bias_delta, delta_index)
     if torch.compiler.is_compiling():
         with torch.no_grad():
-            node: Tensor = _library_op(x, weight, bias, offsets, delta, up, down, bias_delta, delta_index, backend)
+            node: Tensor = _NODE(*tensors, backend)
             return node
-    request = _request(
-        x,
-        weight,
-        bias,
-        offsets=offsets,
-        delta=delta,
-        up=up,
-        down=down,
-        bias_delta=bias_delta,
-        delta_index=delta_index,
-    )
-    return _OP.run(request, backend)
+    return _OP.run(_request(*tensors), backend)
 
 
-def _request(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    offsets: Tensor | None = None,
-    delta: Tensor | None = None,
-    up: Tensor | None = None,
-    down: Tensor | None = None,
-    bias_delta: Tensor | None = None,
-    delta_index: Tensor | None = None,
-) -> _Request:
-    request = _shapes(x, weight, bias, offsets, delta, up, down, bias_delta, delta_index)
-    check_segment_values(_NAME, x.shape[0], request.deltas, offsets, delta_index)
+def _request(*arguments: Any, **named: Any) -> Request:
+    request = _shapes(Arguments(*arguments, **named))
+    check_values(_NAME, request.tensors)
     return request
 
 
-def _shapes(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    offsets: Tensor | None,
-    delta: Tensor | None,
-    up: Tensor | None,
-    down: Tensor | None,
-    bias_delta: Tensor | None,
-    delta_index: Tensor | None,
-) -> _Request:
+def _shapes(tensors: Arguments) -> Request:
     """All of the validation that reads no values."""
-    check_tensor(_NAME, "x", x, min_dim=2, dtypes=DTYPES)
-    check_tensor(_NAME, "weight", weight, shape=(None, x.shape[-1]), dtypes=(x.dtype,), device=x.device)
-    check_bias(_NAME, bias, weight)
-    deltas = check_deltas(_NAME, weight, delta, up, down, bias_delta)
-    models = check_segments(_NAME, deltas, offsets, delta_index, x.device)
-    return _Request(x, weight, bias, offsets, deltas, delta_index, models)
+    x = check_tensor(_NAME, "x", tensors.x, min_dim=2, dtypes=DTYPES)
+    check_tensor(_NAME, "weight", tensors.weight, shape=(None, x.shape[-1]), dtypes=(x.dtype,), device=x.device)
+    return Request(tensors, check_shapes(_NAME, tensors))
 
 
-def _run_reference(request: _Request) -> Tensor:
-    delta, up, down, bias_delta = request.deltas
-    return definition.delta_linear(
-        request.x,
-        request.weight,
-        request.bias,
-        offsets=request.offsets,
-        delta=delta,
-        up=up,
-        down=down,
-        bias_delta=bias_delta,
-        delta_index=request.delta_index,
-    )
+def _empty_output(request: Request) -> Tensor:
+    x, weight, offsets = request.tensors.x, request.tensors.weight, request.tensors.offsets
+    models = (request.models,) if offsets is None else ()
+    return x.new_empty(*models, *x.shape[:-1], weight.shape[0])
 
 
-def _run_triton(request: _Request) -> Tensor:
+def _run_reference(request: Request) -> Tensor:
+    return definition.delta_linear(**request.tensors._asdict())
+
+
+def _run_triton(request: Request) -> Tensor:
     from guda_fast.kernels.triton.delta_linear import delta_linear as launch
 
-    out = request.empty_output()
-    launch(
-        out,
-        request.x,
-        request.weight,
-        request.bias,
-        request.offsets,
-        *request.deltas,
-        request.delta_index,
-        models=request.models,
-        tf32=torch.backends.cuda.matmul.allow_tf32,
-    )
+    out = _empty_output(request)
+    launch(out, *request.tensors, models=request.models, tf32=tf32_allowed(torch.backends.cuda.matmul))
     return out
 
 
-def _triton_supports(request: _Request) -> str | None:
-    return triton_reason(request.x, request.weight, request.bias, *request.deltas)
-
-
-# Under torch.compile alone: a custom op costs an eager call about 15 us.
-@torch.library.custom_op(
-    "guda_fast::delta_linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? offsets, Tensor? delta, Tensor? up, Tensor? down, "
-    "Tensor? bias_delta, Tensor? delta_index, str backend) -> Tensor",
-)
-def _library_op(
+def _registered(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -199,29 +113,13 @@ def _library_op(
     delta_index: Tensor | None,
     backend: str,
 ) -> Tensor:
-    request = _shapes(x, weight, bias, offsets, delta, up, down, bias_delta, delta_index)
-    check_segment_values(_NAME, x.shape[0], request.deltas, offsets, delta_index)
-    return _OP.run(request, backend)
+    tensors = Arguments(x, weight, bias, offsets, delta, up, down, bias_delta, delta_index)
+    return _OP.run(_request(*tensors), backend)
 
 
-@_library_op.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    offsets: Tensor | None,
-    delta: Tensor | None,
-    up: Tensor | None,
-    down: Tensor | None,
-    bias_delta: Tensor | None,
-    delta_index: Tensor | None,
-    backend: str,
-) -> Tensor:
-    return _shapes(x, weight, bias, offsets, delta, up, down, bias_delta, delta_index).empty_output()
+def _fake(*arguments: Any) -> Tensor:
+    return _empty_output(_shapes(Arguments(*arguments[:-1])))
 
 
-_REFERENCE = _backends.Backend("reference", _run_reference)
-_TRITON = _backends.Backend("triton", _run_triton, _triton_supports, _backends.triton_unavailable)
-_OP = _backends.register(
-    _backends.Op(_NAME, _request, {"cuda": (_TRITON, _REFERENCE), "cpu": (_REFERENCE, _TRITON), "*": (_REFERENCE,)})
-)
+_OP = _backends.register(_backends.Op(_NAME, _request, backends(_run_reference, _run_triton)))
+_NODE = _library.register(_NAME, _registered, _fake)

@@ -18,11 +18,11 @@ class Window(NamedTuple):
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
 
-    def output_size(self, image: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
+    def output_size(self, x: Tensor, weight: Tensor) -> tuple[int, int]:
         """Height and width of the result; zero or less where the window does not fit."""
         height, width = (
             (size + 2 * pad - spread * (taps - 1) - 1) // step + 1
-            for size, taps, step, pad, spread in zip(image, kernel, *self, strict=True)
+            for size, taps, step, pad, spread in zip(x.shape[2:], weight.shape[2:], *self, strict=True)
         )
         return height, width
 
@@ -31,6 +31,17 @@ def output_format(x: Tensor) -> torch.memory_format:
     """Channels-last where x is and is not contiguous too."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def empty_output(x: Tensor, weight: Tensor, window: Window, models: int | None = None) -> Tensor:
+    """Memory for the result [(R, O, P, Q), or (M, R, O, P, Q) where the models are given]."""
+    rows = x.shape[0] if models is None else models * x.shape[0]
+    shape = (rows, weight.shape[0], *window.output_size(x, weight))
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=output_format(x))
+    if models is None:
+        return out
+    result: Tensor = out.unflatten(0, (models, x.shape[0]))
+    return result
 
 
 def delta_conv2d(
@@ -59,55 +70,28 @@ def delta_conv2d(
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     deltas = Deltas(delta, up, down, bias_delta).to(dtype)
     index = indices(delta_index, deltas)
-    if offsets is None:
-        return _shared_input(x, weight, bias, deltas, index, window)
-    if deltas.dense is None:
-        out = F.conv2d(x, weight, bias, *window).contiguous(memory_format=output_format(x))
-        for rows, k in segments(offsets, index):
+    models = 1 if offsets is not None else len(index)  # that each row is computed for
+    parts = segments(offsets, index, x.shape[0])
+    height, width = window.output_size(x, weight)
+    out = empty_output(x, weight, window, None if offsets is not None else models)
+    flat = out if offsets is not None else out.flatten(0, 1)
+    if deltas.merging_pays(weight, models * x.shape[0] * height * width // max(1, len(index))):
+        for rows, to, k in parts:
+            flat[to] = F.conv2d(x[rows], *deltas.merged(weight, bias, k), *window)
+    else:
+        out.copy_(F.conv2d(x, weight, bias, *window))
+        for rows, to, k in parts:
             if k >= 0:
-                _add_delta(out[rows], _hidden(x[rows], deltas, slice(k, k + 1), window), deltas, k)
-        return out
-    out = _empty(x, weight, x.shape[0], window)
-    for rows, k in segments(offsets, index):
-        out[rows] = F.conv2d(x[rows], *deltas.merged(weight, bias, k), *window)
+                _add_delta(flat[to], x[rows], deltas, k, window)
     return out
 
 
-def _empty(x: Tensor, weight: Tensor, rows: int, window: Window) -> Tensor:
-    height, width = window.output_size((x.shape[2], x.shape[3]), (weight.shape[-2], weight.shape[-1]))
-    shape = (rows, weight.shape[0], height, width)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=output_format(x))
-
-
-def _hidden(x: Tensor, deltas: Deltas, ks: slice, window: Window) -> Tensor | None:
-    """What the down weights of some deltas see, stacked along the channels."""
-    return None if deltas.down is None else F.conv2d(x, deltas.down[ks].flatten(0, 1), None, *window)
-
-
-def _add_delta(out: Tensor, hidden: Tensor | None, deltas: Deltas, k: int) -> None:
+def _add_delta(out: Tensor, x: Tensor, deltas: Deltas, k: int, window: Window) -> None:
     bias = None if deltas.bias is None else deltas.bias[k]
-    if hidden is not None and deltas.up is not None:
+    if deltas.dense is not None:
+        out += F.conv2d(x, deltas.dense[k], bias, *window)
+    elif deltas.up is not None and deltas.down is not None:
+        hidden = F.conv2d(x, deltas.down[k], None, *window)
         out += F.conv2d(hidden, deltas.up[k][:, :, None, None], bias)
     elif bias is not None:
         out += bias[:, None, None]
-
-
-def _shared_input(
-    x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Deltas, index: list[int], window: Window
-) -> Tensor:
-    """Every model on the same rows [(M, R, O, P, Q)]: one convolution for all that depends on x alone."""
-    models, rows = len(index), x.shape[0]
-    out: Tensor = _empty(x, weight, models * rows, window).unflatten(0, (models, rows))
-    if not index:
-        return out
-    if deltas.dense is not None:
-        together = F.conv2d(x, *deltas.stacked(weight, bias, index), *window)
-        out.copy_(together.unflatten(1, (models, weight.shape[0])).transpose(0, 1))
-        return out
-    out.copy_(F.conv2d(x, weight, bias, *window).expand_as(out))
-    hidden = _hidden(x, deltas, slice(None), window)
-    rank = 0 if deltas.down is None else deltas.down.shape[1]
-    for part, k in zip(out, index, strict=True):
-        if k >= 0:
-            _add_delta(part, None if hidden is None else hidden[:, k * rank : (k + 1) * rank], deltas, k)
-    return out

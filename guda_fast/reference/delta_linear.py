@@ -8,9 +8,6 @@ from torch import Tensor
 
 from guda_fast.reference.segments import Deltas, indices, segments
 
-# Below so many rows a model, making the sum of weight and delta costs more than a second product.
-MERGE_ROWS = 16
-
 
 def delta_linear(
     x: Tensor,
@@ -37,22 +34,22 @@ def delta_linear(
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     deltas = Deltas(delta, up, down, bias_delta).to(dtype)
     index = indices(delta_index, deltas)
-    row_size = x.shape[1:-1].numel()
-    flat = x.reshape(x.shape[0] * row_size, x.shape[-1])
-    if offsets is None:
-        shared = _shared_input(flat, weight, bias, deltas, index)
-        return shared.view(len(index), *x.shape[:-1], weight.shape[0])
-    out = flat.new_empty(flat.shape[0], weight.shape[0])
-    parts = segments(offsets, index, row_size)
-    if deltas.dense is not None and (dtype.itemsize < 4 or flat.shape[0] >= MERGE_ROWS * len(index)):
-        for rows, k in parts:
-            _affine(flat[rows], *deltas.merged(weight, bias, k), out=out[rows])
+    tokens = x.shape[1:-1].numel()
+    flat = x.reshape(x.shape[0] * tokens, x.shape[-1])
+    models = 1 if offsets is not None else len(index)  # that each row is computed for
+    parts = segments(offsets, index, x.shape[0], tokens)
+    if deltas.merging_pays(weight, models * flat.shape[0] // max(1, len(index))):
+        out = flat.new_empty(models * flat.shape[0], weight.shape[0])
+        for rows, to, k in parts:
+            _affine(flat[rows], *deltas.merged(weight, bias, k), out=out[to])
     else:
-        _affine(flat, weight, bias, out=out)
-        for rows, k in parts:
+        base = F.linear(flat, weight, bias)
+        out = base if offsets is not None else base.repeat(models, 1)
+        for rows, to, k in parts:
             if k >= 0:
-                _add_delta(out[rows], flat[rows], deltas, k)
-    return out.view(*x.shape[:-1], weight.shape[0])
+                _add_delta(out[to], flat[rows], deltas, k)
+    shape = x.shape[:-1] if offsets is not None else (len(index), *x.shape[:-1])
+    return out.view(*shape, weight.shape[0])
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -69,23 +66,3 @@ def _add_delta(out: Tensor, x: Tensor, deltas: Deltas, k: int) -> None:
         out.addmm_(x @ deltas.down[k].T, deltas.up[k].T)
     if deltas.bias is not None:
         out += deltas.bias[k]
-
-
-def _shared_input(x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Deltas, index: list[int]) -> Tensor:
-    """Every model on the same rows [(M, rows, O)]: one product for all that depends on x alone."""
-    rows, outputs = x.shape[0], weight.shape[0]
-    if not index:
-        return x.new_empty(0, rows, outputs)
-    if deltas.dense is not None:
-        together = F.linear(x, *deltas.stacked(weight, bias, index))
-        return together.view(rows, len(index), outputs).transpose(0, 1).contiguous()
-    out = F.linear(x, weight, bias).expand(len(index), -1, -1).contiguous()
-    hidden = None if deltas.down is None else F.linear(x, deltas.down.flatten(0, 1)).unflatten(1, deltas.down.shape[:2])
-    for part, k in zip(out, index, strict=True):
-        if k < 0:
-            continue
-        if hidden is not None and deltas.up is not None:
-            part.addmm_(hidden[:, k], deltas.up[k].T)
-        if deltas.bias is not None:
-            part += deltas.bias[k]
-    return out

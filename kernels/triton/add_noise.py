@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from guda_fast.kernels.triton.configs import configuration
 from guda_fast.kernels.triton.philox import noised, offsets, standard_normals
 from torch import Tensor
 
-# Blocks of four elements that one program makes, and its warps. They change speed, never results.
-BLOCKS = 256
-WARPS = 4
+
+class Config(NamedTuple):
+    """Blocks of four elements that one program makes, and its warps; no element's value depends on them."""
+
+    blocks: int
+    warps: int
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -59,7 +63,15 @@ def is_contiguous(shape: torch.Size, strides: tuple[int, ...]) -> bool:
     return True
 
 
-def add_noise(out: Tensor, x0: Tensor, vectors: tuple[Tensor, ...], *, seed_bits: int, antithetic: bool) -> None:
+def add_noise(
+    out: Tensor,
+    x0: Tensor,
+    vectors: tuple[Tensor, ...],
+    *,
+    seed_bits: int,
+    antithetic: bool,
+    config: Config | None = None,
+) -> None:
     """Launch on validated arguments; vectors are contiguous, from query_index to eps_scale.
 
     The grid depends on shapes alone, so that the launch can be captured in a CUDA graph.
@@ -67,7 +79,8 @@ def add_noise(out: Tensor, x0: Tensor, vectors: tuple[Tensor, ...], *, seed_bits
     shape, rows, elements = x0.shape[1:], out.shape[0], x0.shape[1:].numel()
     if rows * elements == 0:
         return
-    chunks = triton.cdiv(elements, 4 * BLOCKS)
+    config = config or configuration("add_noise", Config, x0, elements=elements)
+    chunks = triton.cdiv(elements, 4 * config.blocks)
     kernel: Any = _add_noise_kernel
     kernel[(rows * chunks,)](
         out, x0, *vectors, seed_bits, elements, chunks, *padded(tuple(shape), 1)[1:],
@@ -75,5 +88,5 @@ def add_noise(out: Tensor, x0: Tensor, vectors: tuple[Tensor, ...], *, seed_bits
         ANTITHETIC=antithetic,
         OUT_CONTIGUOUS=is_contiguous(shape, out.stride()[1:]),
         X0_CONTIGUOUS=is_contiguous(shape, x0.stride()[1:]),
-        BLOCKS=BLOCKS, num_warps=WARPS, enable_fp_fusion=False,
+        BLOCKS=config.blocks, num_warps=config.warps, enable_fp_fusion=False,
     )  # fmt: skip

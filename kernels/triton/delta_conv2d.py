@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from guda_fast.kernels.triton.configs import configuration
 from torch import Tensor
 
 # Triton decides when a kernel is defined.
@@ -20,26 +21,17 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 MAX_RANK_BLOCK = 64
 
 
+# Input channels that one step sums, by bytes an element: part of the order of summation, so no part of a configuration.
+STEP_CHANNELS = {2: 64, 4: 32}
+
+
 class Config(NamedTuple):
-    """Tile sizes and how they run; never changes a result beyond the order of sums."""
+    """The tile of rows and outputs that one program makes, its warps, and the steps that it loads ahead."""
 
     rows: int
     outputs: int
-    channels: int
     warps: int
     stages: int
-
-
-# By bytes an element, then by the rows that a model has at most.
-_CONFIGS = {
-    2: ((16, Config(16, 64, 64, 4, 3)), (64, Config(64, 64, 64, 4, 3)), (None, Config(128, 128, 64, 8, 3))),
-    4: ((16, Config(16, 64, 32, 4, 3)), (None, Config(64, 64, 32, 4, 2))),
-}
-
-
-def configuration(rows_per_model: int, element_size: int) -> Config:
-    """The first of the table whose rows suffice."""
-    return next(config for most, config in _CONFIGS[element_size] if most is None or rows_per_model <= most)
 
 
 @triton.jit
@@ -118,14 +110,14 @@ def _delta_conv2d_kernel(
     BFLOAT16_BY_HAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
-    # Outputs fastest: the programs that run together read the same x.
+    # Outputs fastest, then the models that share the rows: the programs that run together read the same x.
     output_tiles = tl.cdiv(outputs, BLOCK_OUTPUTS)
     tile = tl.program_id(0) // output_tiles
     output = (tl.program_id(0) % output_tiles) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS).to(tl.int64)
     if offsets is None:
         model = tile % models
         first = (tile // models).to(tl.int64) * BLOCK_ROWS
-        end = rows.to(tl.int64) * pixels
+        end = tl.cast(rows, tl.int64) * pixels
         out += model.to(tl.int64) * rows * out_row
     else:
         model, first, end = _segment_tile(tile, offsets, models, pixels, STEPS, BLOCK_ROWS)
@@ -135,7 +127,9 @@ def _delta_conv2d_kernel(
         k = model.to(tl.int64)
     else:
         k = tl.load(delta_index + model)
-    changed = k >= 0
+    # Where k is -1 nothing of a delta is inside. As bounds, since the interpreter broadcasts no scalar condition.
+    is_changed = output < tl.where(k >= 0, outputs, 0)
+    ranks = tl.where(k >= 0, rank, 0)
 
     number = first + tl.arange(0, BLOCK_ROWS)  # of the output pixel, (BLOCK_ROWS,) int64
     row = number // pixels
@@ -146,48 +140,51 @@ def _delta_conv2d_kernel(
     is_output = output < outputs
 
     total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
+    channel_steps = tl.cdiv(channels, BLOCK_CHANNELS)
     for chunk in tl.static_range(RANK_CHUNKS):
         at_rank = chunk * BLOCK_RANK + tl.arange(0, BLOCK_RANK).to(tl.int64)
-        is_rank = (at_rank < rank) & changed
+        is_rank = at_rank < ranks
         hidden = tl.zeros((BLOCK_ROWS, BLOCK_RANK), tl.float32)
-        for tap in range(TAPS):
+        # Taps and channels in one loop, which the compiler pipelines as a whole.
+        for step in range(TAPS * channel_steps):
+            tap = step // channel_steps
+            channel = step % channel_steps * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS).to(tl.int64)
+            is_channel = channel < channels
             line = top + tap // KERNEL_WIDTH * DILATION_H
             column = left + tap % KERNEL_WIDTH * DILATION_W
             seen = is_row & (line >= 0) & (line < height) & (column >= 0) & (column < width)
             source = x + row * x_row + line * x_line + column * x_column
-            for start in range(0, channels, BLOCK_CHANNELS):
-                channel = start + tl.arange(0, BLOCK_CHANNELS).to(tl.int64)
-                is_channel = channel < channels
-                values = tl.load(
-                    source[:, None] + channel[None, :] * x_channel, mask=seen[:, None] & is_channel[None, :], other=0.0
-                )
-                if chunk == 0:
-                    inside = is_channel[:, None] & is_output[None, :]
-                    at = channel[:, None] * weight_channel + output[None, :] * weight_output + tap * weight_tap
-                    factor = tl.load(weight + at, mask=inside, other=0.0)
-                    if delta is not None:
-                        at = channel[:, None] * delta_channel + output[None, :] * delta_output + tap * delta_tap
-                        change = tl.load(delta + k * delta_model + at, mask=inside & changed, other=0.0)
-                        # One rounding, as a model with its delta applied has.
-                        factor = _narrow(
-                            factor.to(tl.float32) + change.to(tl.float32), weight.dtype.element_ty, BFLOAT16_BY_HAND
-                        )
-                    total = _dot(values, factor, total, BFLOAT16_BY_HAND, PRECISION)
-                if up is not None:
-                    at = channel[:, None] * down_channel + at_rank[None, :] * down_rank + tap * down_tap
-                    factor = tl.load(down + k * down_model + at, mask=is_channel[:, None] & is_rank[None, :], other=0.0)
-                    hidden = _dot(values, factor, hidden, BFLOAT16_BY_HAND, PRECISION)
-        if up is not None:
-            at = (k * outputs + output[None, :]) * rank + at_rank[:, None]
-            factor = tl.load(up + at, mask=is_rank[:, None] & is_output[None, :], other=0.0)
-            total = _dot(
-                _narrow(hidden, x.dtype.element_ty, BFLOAT16_BY_HAND), factor, total, BFLOAT16_BY_HAND, PRECISION
+            values = tl.load(
+                source[:, None] + channel[None, :] * x_channel, mask=seen[:, None] & is_channel[None, :], other=0.0
             )
+            if chunk == 0:
+                at = channel[:, None] * weight_channel + output[None, :] * weight_output + tap * weight_tap
+                factor = tl.load(weight + at, mask=is_channel[:, None] & is_output[None, :], other=0.0)
+                if delta is not None:
+                    at = channel[:, None] * delta_channel + output[None, :] * delta_output + tap * delta_tap
+                    inside = is_channel[:, None] & is_changed[None, :]
+                    change = tl.load(delta + k * delta_model + at, mask=inside, other=0.0)
+                    # One rounding, as a model with its delta applied has.
+                    factor = _narrow(
+                        factor.to(tl.float32) + change.to(tl.float32), weight.dtype.element_ty, BFLOAT16_BY_HAND
+                    )
+                total = _dot(values, factor, total, BFLOAT16_BY_HAND, PRECISION)
+            if up is not None:
+                # Names of their own: a variable keeps its shape from one chunk to the next.
+                at_down = channel[:, None] * down_channel + at_rank[None, :] * down_rank + tap * down_tap
+                inside_down = is_channel[:, None] & is_rank[None, :]
+                down_part = tl.load(down + k * down_model + at_down, mask=inside_down, other=0.0)
+                hidden = _dot(values, down_part, hidden, BFLOAT16_BY_HAND, PRECISION)
+        if up is not None:
+            at_up = (k * outputs + output[None, :]) * rank + at_rank[:, None]
+            up_part = tl.load(up + at_up, mask=is_rank[:, None] & is_output[None, :], other=0.0)
+            narrow = _narrow(hidden, x.dtype.element_ty, BFLOAT16_BY_HAND)
+            total = _dot(narrow, up_part, total, BFLOAT16_BY_HAND, PRECISION)
     if bias is not None:
         total += tl.load(bias + output, mask=is_output, other=0.0).to(tl.float32)[None, :]
     if bias_delta is not None:
-        change = tl.load(bias_delta + k * outputs + output, mask=is_output & changed, other=0.0)
-        total += change.to(tl.float32)[None, :]
+        bias_change = tl.load(bias_delta + k * outputs + output, mask=is_changed, other=0.0)
+        total += bias_change.to(tl.float32)[None, :]
     target = out + (row * out_row + pixel * out_pixel)[:, None] + output[None, :] * out_output
     tl.store(target, _narrow(total, out.dtype.element_ty, BFLOAT16_BY_HAND), mask=is_row[:, None] & is_output[None, :])
 
@@ -221,14 +218,16 @@ def delta_conv2d(
         out = out.flatten(0, 1)
     rows, outputs, pixels = x.shape[0], weight.shape[0], out.shape[2] * out.shape[3]
     model_rows = rows * pixels if offsets is None else -(-rows * pixels // models)
-    config = config or configuration(model_rows, x.element_size())
+    kernel_width, taps = weight.shape[3], weight.shape[2] * weight.shape[3]
+    config = config or configuration(
+        "delta_conv2d", Config, x, rows=model_rows, outputs=outputs, depth=x.shape[1] * taps
+    )
     if offsets is None:
         tiles = models * triton.cdiv(rows * pixels, config.rows)
     else:
         tiles = rows * pixels // config.rows + models
     rank = 0 if up is None else up.shape[2]
     block_rank = min(MAX_RANK_BLOCK, max(16, triton.next_power_of_2(rank)))
-    kernel_width, taps = weight.shape[3], weight.shape[2] * weight.shape[3]
     weight = weight.flatten(2)
     delta, down = (None if change is None else change.flatten(3) for change in (delta, down))
     bias, offsets, up, bias_delta, delta_index = (
@@ -249,9 +248,9 @@ def delta_conv2d(
             BFLOAT16_BY_HAND=INTERPRETED and x.dtype == torch.bfloat16,
             PRECISION="tf32" if tf32 else "ieee",
             BLOCK_ROWS=config.rows, BLOCK_OUTPUTS=config.outputs,
-            BLOCK_CHANNELS=min(config.channels, max(16, triton.next_power_of_2(x.shape[1]))),
+            BLOCK_CHANNELS=min(STEP_CHANNELS[x.element_size()], max(16, triton.next_power_of_2(x.shape[1]))),
             BLOCK_RANK=block_rank,
-            num_warps=config.warps, num_stages=config.stages,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from guda_fast.kernels.triton.add_noise import is_contiguous, padded
+from guda_fast.kernels.triton.configs import configuration
 from guda_fast.kernels.triton.philox import noised, offsets, standard_normals
 from torch import Tensor
 
-# Blocks of four elements in a program, and its warps. BLOCKS is part of the order of summation: results change in
-# their last digits with it.
+# Blocks of four elements in a program, part of the order of summation: no part of a configuration.
 BLOCKS = 256
-WARPS = 4
 CELLS = 128  # that one program of the second kernel totals
+
+
+class Config(NamedTuple):
+    """The warps of a program. The compiler may let them order a sum: tuning refuses those that change a bit."""
+
+    warps: int
 
 
 @triton.jit
@@ -65,7 +70,7 @@ def _denoising_error_kernel(
             product = tl.where(inside, (prediction - base) * (difference + base_difference), 0.0)
             tl.store(paired_parts + cell, _short_sums(product, BLOCKS // 4))
         at += p_model
-        cell += rows.to(tl.int64) * chunks
+        cell += tl.cast(rows, tl.int64) * chunks  # an argument of 1 is a constant, which has no method
 
 
 @triton.jit
@@ -98,6 +103,7 @@ def denoising_error(
     *,
     seed_bits: int,
     antithetic: bool,
+    config: Config | None = None,
 ) -> None:
     """Launch on validated arguments; vectors are contiguous, from query_index to eps_scale, as is weight.
 
@@ -109,6 +115,7 @@ def denoising_error(
             if result is not None:
                 result.zero_()
         return
+    config = config or configuration("denoising_error", Config, predictions, elements=elements)
     chunks = triton.cdiv(elements, 4 * BLOCKS)
     parts = torch.empty((models, rows, chunks), dtype=torch.float64, device=errors.device)
     paired_parts = parts if paired is None else torch.empty_like(parts)
@@ -122,12 +129,12 @@ def denoising_error(
         PAIRED=paired is not None,
         P_CONTIGUOUS=is_contiguous(shape, predictions.stride()[2:]),
         X0_CONTIGUOUS=is_contiguous(shape, x0.stride()[1:]),
-        BLOCKS=BLOCKS, num_warps=WARPS, enable_fp_fusion=False,
+        BLOCKS=BLOCKS, num_warps=config.warps, enable_fp_fusion=False,
     )  # fmt: skip
     totals: Any = _total_kernel
     for result, from_parts, first in ((errors, parts, 0), (paired, paired_parts, rows)):
         if result is not None:
             totals[(triton.cdiv(models * rows, CELLS),)](
                 result, from_parts, weight, first, models * rows, rows, chunks,
-                CELLS=CELLS, num_warps=WARPS, enable_fp_fusion=False,
+                CELLS=CELLS, num_warps=config.warps, enable_fp_fusion=False,
             )  # fmt: skip
