@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from group_norm_silu_cases import assert_within_twice_eager, channels_last, eager, make, make_vectors
 from guda_fast import ops, reference
 from guda_fast.errors import BackendUnavailableError
 
@@ -28,27 +28,6 @@ SHAPES = [
     (1, 64, 32, (16, 16)),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def make(
-    rows: int, channels: int, positions: tuple[int, ...], dtype: torch.dtype = torch.float32, offset: float = 0.5
-) -> Tensor:
-    random = torch.Generator().manual_seed(rows + 3 * channels)
-    return channels_last((torch.randn(rows, channels, *positions, generator=random) * 2 + offset).to(dtype))
-
-
-def make_vectors(rows: int, channels: int, models: int | None = None) -> dict[str, Tensor]:
-    """Every optional tensor of the op."""
-    random = torch.Generator().manual_seed(channels)
-    per_row = {name: torch.randn(rows, channels, generator=random) for name in ("addend", "scale", "shift")}
-    size = (channels,) if models is None else (models, channels)
-    affine = {name: torch.randn(size, generator=random) for name in ("weight", "bias")}
-    index = {} if models is None else {"model_index": torch.randint(models, (rows,), generator=random)}
-    return {**per_row, **affine, **index}
 
 
 def by_hand(x: Tensor, groups: int, eps: float, silu: bool, **vectors: Any) -> Tensor:
@@ -85,34 +64,6 @@ def test_the_float64_reference_is_the_definition(
     exact = reference.group_norm_silu(x, groups, **vectors, eps=1e-3, silu=silu, dtype=torch.float64)
     torch.testing.assert_close(exact, by_hand(x, groups, 1e-3, silu, **vectors), rtol=1e-11, atol=1e-11)
     assert exact.dtype == torch.float64
-
-
-def eager(x: Tensor, groups: int, eps: float = 1e-5, silu: bool = True, **vectors: Tensor) -> Tensor:
-    """What a model does now, in x's dtype throughout."""
-    column = (*x.shape[:2], *([1] * (x.dim() - 2)))
-    given = {name: vector if name == "model_index" else vector.to(x.dtype) for name, vector in vectors.items()}
-    index = given.get("model_index")
-    h = x + given["addend"].view(column) if "addend" in given else x
-    if index is None:
-        y = torch.group_norm(h, groups, given.get("weight"), given.get("bias"), eps)
-    else:
-        y = torch.group_norm(h, groups, None, None, eps)
-        y = y * given["weight"][index].view(column) + given["bias"][index].view(column)
-    if "scale" in given:
-        y = y * (1 + given["scale"].view(column)) + given["shift"].view(column)
-    return F.silu(y) if silu else y
-
-
-def assert_within_twice_eager(x: Tensor, groups: int, eps: float = 1e-5, silu: bool = True, **vectors: Tensor) -> None:
-    """The largest and the root mean square error; one rounding of the result is granted where eager is exact."""
-    vectors = {name: v if name == "model_index" else v.to(x.dtype) for name, v in vectors.items()}
-    exact = reference.group_norm_silu(x, groups, eps=eps, silu=silu, **vectors, dtype=torch.float64)
-    ours = ops.group_norm_silu(x, groups, eps=eps, silu=silu, **vectors)
-    assert ours.dtype == x.dtype
-    error, rival = (ours.double() - exact).abs(), (eager(x, groups, eps, silu, **vectors).double() - exact).abs()
-    rounding = torch.finfo(x.dtype).eps / 2 * exact.abs().max()
-    assert float(error.max()) <= 2 * float(rival.max()) + rounding
-    assert float(error.square().mean()) <= 4 * float(rival.square().mean()) + rounding**2
 
 
 @pytest.mark.parametrize(("rows", "channels", "groups", "positions"), SHAPES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,24 +10,32 @@ from torch import Tensor
 from guda_fast import _backends
 from guda_fast import reference as definition
 from guda_fast._validate import check_bool, check_index_range, check_int, check_real, check_tensor
+from guda_fast.ops import _library
 from guda_fast.ops._rows import native_reason
 
 _NAME = "group_norm_silu"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PER_ROW = ("addend", "scale", "shift")
+_TRITON_MAX_WIDTH = 2**16  # a tile holds all channels of a group
 
 
-@dataclass(frozen=True)
-class _Request:
+class _Vectors(NamedTuple):
+    """The optional tensors, in the order of the registered op."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    model_index: Tensor | None = None
+    addend: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+
+class _Request(NamedTuple):
     x: Tensor
     groups: int
-    weight: Tensor | None
-    bias: Tensor | None
+    vectors: _Vectors
     eps: float
-    addend: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
     silu: bool
-    model_index: Tensor | None
 
     @property
     def device(self) -> torch.device:
@@ -73,10 +81,10 @@ def group_norm_silu(
     >>> group_norm_silu(torch.tensor([[[1.0, 3.0]]]), 1, eps=0.0, silu=False)
     tensor([[[-1.,  1.]]])
     """
-    request = _request(
-        x, groups, weight, bias, eps=eps, addend=addend, scale=scale, shift=shift, silu=silu, model_index=model_index
-    )
-    return _OP.run(request, backend)
+    vectors = _Vectors(weight, bias, model_index, addend, scale, shift)
+    if torch.compiler.is_compiling():
+        return _compiled(x, groups, vectors, eps, silu, backend)
+    return _OP.run(_checked(x, groups, vectors, eps, silu), backend)
 
 
 def _request(
@@ -86,129 +94,181 @@ def _request(
     bias: Tensor | None = None,
     *,
     eps: float = 1e-5,
-    addend: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
     silu: bool = True,
-    model_index: Tensor | None = None,
+    **vectors: Tensor | None,
 ) -> _Request:
+    return _checked(x, groups, _Vectors(weight, bias, **vectors), eps, silu)
+
+
+def _checked(x: Tensor, groups: int, vectors: _Vectors, eps: float, silu: bool) -> _Request:
     check_tensor(_NAME, "x", x, min_dim=2, max_dim=5, dtypes=_DTYPES)
     rows, channels = x.shape[:2]
     groups = check_int(_NAME, "groups", groups, 1)
     if channels % groups:
         raise ValueError(f"{_NAME}: groups must divide the {channels} channels of x, got {groups}")
     dtypes = (torch.float32, x.dtype) if x.dtype.itemsize == 2 else (x.dtype,)
+    model_index = vectors.model_index
     affine = (channels,) if model_index is None else (None, channels)
-    per_row = (rows, channels)
-    vectors = {"weight": weight, "bias": bias, "addend": addend, "scale": scale, "shift": shift}
-    for name, vector in vectors.items():
-        if vector is not None:
-            shape = affine if name in ("weight", "bias") else per_row
+    for name, vector in vectors._asdict().items():
+        if vector is not None and name != "model_index":
+            shape = (rows, channels) if name in _PER_ROW else affine
             check_tensor(_NAME, name, vector, shape=shape, dtypes=dtypes, device=x.device)
     if model_index is not None:
         check_tensor(_NAME, "model_index", model_index, shape=(rows,), dtypes=(torch.int64,), device=x.device)
-        for parameter in (weight, bias):
+        for parameter in (vectors.weight, vectors.bias):
             if parameter is not None:
                 check_index_range(_NAME, "model_index", model_index, parameter.shape[0] - 1)
-    eps = check_real(_NAME, "eps", eps, 0)
-    return _Request(x, groups, weight, bias, eps, addend, scale, shift, check_bool(_NAME, "silu", silu), model_index)
+    return _Request(x, groups, vectors, check_real(_NAME, "eps", eps, 0), check_bool(_NAME, "silu", silu))
 
 
 def _run_reference(request: _Request) -> Tensor:
-    return definition.group_norm_silu(
-        request.x,
-        request.groups,
-        request.weight,
-        request.bias,
-        eps=request.eps,
-        addend=request.addend,
-        scale=request.scale,
-        shift=request.shift,
-        silu=request.silu,
-        model_index=request.model_index,
-    )
+    x, groups, vectors, eps, silu = request
+    return definition.group_norm_silu(x, groups, **vectors._asdict(), eps=eps, silu=silu)
 
 
-def _native_layout(x: Tensor) -> tuple[int, int] | None:
-    """The strides of rows and positions where x is channels-last, in elements; else None."""
+def _strides(x: Tensor) -> tuple[int, int, int] | None:
+    """In elements, of rows, channels and positions, where the positions lie evenly; else None."""
     rows, channels, *sizes = x.shape
     if x.numel() == 0:
-        return (0, channels)
-    if channels > 1 and x.stride(1) != 1:
-        return None
-    position_stride, reach = channels, 0
+        return (0, 1, channels)
+    position_stride = reach = 0
     for size, stride in reversed(list(zip(sizes, x.stride()[2:], strict=True))):
         if size == 1:
             continue
         if reach == 0:
             position_stride = reach = stride
-        elif stride != reach:
+        if stride != reach or stride == 0:
             return None
         reach *= size
-    return (x.stride(0) if rows > 1 else 0, position_stride)
+    return (x.stride(0) if rows > 1 else 0, x.stride(1) if channels > 1 else 1, position_stride or channels)
 
 
-def _vector(vector: Tensor | None) -> Tensor | None:
-    """As the extension reads it: float32, the channels next to each other."""
-    if vector is None:
-        return None
-    vector = vector.to(torch.float32).resolve_neg()
-    return vector if vector.stride(-1) == 1 else vector.contiguous()
+def _is_channels_last(x: Tensor) -> bool:
+    strides = _strides(x)
+    if strides is None:
+        return False
+    channels, positions = x.shape[1], x.shape[2:].numel()
+    row, channel, position = strides
+    # What overlaps, or has its rows further inside, would not be written in the same layout.
+    return channel == 1 and position >= channels and (row == 0 or row >= (positions - 1) * position + channels)
+
+
+def _readable(vectors: _Vectors, dtype: torch.dtype | None = None) -> _Vectors:
+    """As kernels read them by pointer: the channels next to each other, and only rows' vectors apart."""
+
+    def plain(name: str, vector: Tensor | None) -> Tensor | None:
+        if vector is None:
+            return None
+        if name != "model_index":
+            vector = vector.to(dtype or vector.dtype).resolve_neg()
+        return vector if name in _PER_ROW and vector.stride(-1) == 1 else vector.contiguous()
+
+    return _Vectors(*(plain(name, vector) for name, vector in vectors._asdict().items()))
 
 
 def _run_cpp(request: _Request) -> Tensor:
-    from guda_fast import _C
-
-    x = request.x
-    rows, channels, *sizes = x.shape
-    layout = _native_layout(x)
-    assert layout is not None, "_cpp_supports was asked"
-    out = torch.empty((rows, *sizes, channels), dtype=x.dtype).movedim(-1, 1)
-    positions = torch.Size(sizes).numel()
-    weight, bias = (None if v is None else _affine(v) for v in (request.weight, request.bias))
-    index = None if request.model_index is None else request.model_index.contiguous()
-    models = min((v.shape[0] for v in (weight, bias) if v is not None and v.dim() == 2), default=rows)
-    addend, scale, shift = (_vector(vector) for vector in (request.addend, request.scale, request.shift))
-    _C.group_norm_silu(
-        out.data_ptr(),
-        (positions * channels, channels),
-        x.data_ptr(),
-        layout,
-        str(x.dtype).removeprefix("torch."),
-        rows,
-        positions,
-        channels,
-        request.groups,
-        0 if weight is None else weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        models,
-        0 if index is None or (weight is None and bias is None) else index.data_ptr(),
-        0 if addend is None else addend.data_ptr(),
-        0 if addend is None else addend.stride(0),
-        0 if scale is None else scale.data_ptr(),
-        0 if scale is None else scale.stride(0),
-        0 if shift is None else shift.data_ptr(),
-        0 if shift is None else shift.stride(0),
-        request.eps,
-        request.silu,
-        torch.get_num_threads(),
-    )
+    out = torch.empty_like(request.x)
+    _call_extension(out, request._replace(vectors=_readable(request.vectors, torch.float32)))
     return out
 
 
-def _affine(parameter: Tensor) -> Tensor:
-    return parameter.to(torch.float32).resolve_neg().contiguous()
+def _call_extension(out: Tensor, request: _Request) -> None:
+    from guda_fast import _C
+
+    x, groups, vectors, eps, silu = request
+    rows, channels, *sizes = x.shape
+    to, at = _strides(out), _strides(x)
+    assert to is not None and at is not None, "_cpp_supports was asked"
+    weight, bias, index = (0 if vector is None else vector.data_ptr() for vector in vectors[:3])
+    addend, scale, shift = (
+        (0, 0) if vector is None else (vector.data_ptr(), vector.stride(0)) for vector in vectors[3:]
+    )
+    models = min((v.shape[0] for v in vectors[:2] if v is not None and v.dim() == 2), default=rows)
+    _C.group_norm_silu(
+        out.data_ptr(),
+        (to[0], to[2]),
+        x.data_ptr(),
+        (at[0], at[2]),
+        str(x.dtype).removeprefix("torch."),
+        rows,
+        torch.Size(sizes).numel(),
+        channels,
+        groups,
+        weight,
+        bias,
+        models,
+        index if weight or bias else 0,
+        *addend,
+        *scale,
+        *shift,
+        eps,
+        silu,
+        torch.get_num_threads(),
+    )
 
 
 def _cpp_supports(request: _Request) -> str | None:
     x = request.x
     if x.dtype == torch.float16:
         return "x is float16, which cpp does not read in this op"
-    if _native_layout(x) is None:
+    if not _is_channels_last(x):
         return "x is not in channels-last (to(memory_format=torch.channels_last) makes it so)"
     return native_reason(x=x)
 
 
+def _run_triton(request: _Request) -> Tensor:
+    from guda_fast.kernels.triton.group_norm_silu import group_norm_silu as launch
+
+    x, groups, vectors, eps, silu = request
+    out = torch.empty_like(x)
+    to, at = _strides(out), _strides(x)
+    assert to is not None and at is not None, "_triton_supports was asked"
+    launch(out, to, x, at, groups, _readable(vectors), eps=eps, silu=silu)
+    return out
+
+
+def _triton_supports(request: _Request) -> str | None:
+    x, groups = request.x, request.groups
+    if _strides(x) is None:
+        return "the positions of x do not lie evenly in memory (contiguous() makes them)"
+    if x.shape[1] // groups > _TRITON_MAX_WIDTH:
+        return f"groups have {x.shape[1] // groups} channels, and triton takes {_TRITON_MAX_WIDTH} at most"
+    return _backends.triton_device_reason(request.device) or native_reason("triton", x=x)
+
+
 _REFERENCE = _backends.Backend("reference", _run_reference)
 _CPP = _backends.Backend("cpp", _run_cpp, _cpp_supports, _backends.native_unavailable, _backends.native_detail)
-_OP = _backends.register(_backends.Op(_NAME, _request, {"cpu": (_CPP, _REFERENCE), "*": (_REFERENCE,)}))
+_TRITON = _backends.Backend("triton", _run_triton, _triton_supports, _backends.triton_unavailable)
+_TABLE = {"cpu": (_CPP, _REFERENCE, _TRITON), "cuda": (_TRITON, _REFERENCE), "*": (_REFERENCE,)}
+_OP = _backends.register(_backends.Op(_NAME, _request, _TABLE))
+
+
+def _registered(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    model_index: Tensor | None,
+    addend: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    silu: bool,
+    backend: str,
+) -> Tensor:
+    vectors = _Vectors(weight, bias, model_index, addend, scale, shift)
+    return _OP.run(_checked(x, groups, vectors, eps, silu), backend)
+
+
+def _fake(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+_NODE = _library.register(_NAME, _registered, _fake)
+
+
+def _compiled(x: Tensor, groups: int, vectors: _Vectors, eps: float, silu: bool, backend: str) -> Tensor:
+    """The call as one node of the graph. Detached arguments: as in eager calls the result carries no gradient."""
+    detached = (None if vector is None else vector.detach() for vector in vectors)
+    node: Tensor = _NODE(x.detach(), groups, *detached, eps, silu, backend)
+    return node
