@@ -220,9 +220,22 @@ def test_what_cpp_refuses() -> None:
         (x.double(), "x is float64, and cpp computes in float32"),
         (x.half(), "x is float16, which cpp does not read"),
         (x.contiguous(), "x is not in channels-last"),
+        (x[..., :2], "x is not in channels-last"),  # positions that do not lie evenly
+        (x[..., :1, :1].expand(2, 8, 3, 3), "x is not in channels-last"),
+        (x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1), "x is not in channels-last"),  # rows inside
+        (x.as_strided((2, 8, 3), (80, 1, 4)), "x is not in channels-last"),  # positions that overlap
+        (torch._neg_view(x), "x is a lazily negated view"),
     ):
         with pytest.raises(BackendUnavailableError, match=f"cpp: {reason}"):
             ops.group_norm_silu(value, 2, backend="cpp")
+
+
+def test_vectors_that_memory_holds_otherwise(backend: str) -> None:
+    x, vectors = make(2, 8, (3, 3)), make_vectors(2, 8)
+    expected = ops.group_norm_silu(x, 2, **vectors)
+    negated = {name: torch._neg_view(-vector) for name, vector in vectors.items()}
+    assert all(vector.is_neg() for vector in negated.values())
+    assert torch.equal(ops.group_norm_silu(x, 2, **negated), expected)
 
 
 def valid() -> dict[str, Any]:
@@ -236,6 +249,9 @@ INVALID = [
     ("x", torch.zeros(2, 4, 3, 3).long(), TypeError, r"x must be float32 or .* got int64"),
     ("groups", 0, ValueError, r"groups must be at least 1, got 0"),
     ("groups", 3, ValueError, r"groups must divide the 4 channels of x, got 3"),
+    ("x", torch.zeros(2, 4, 3, 3).to_sparse(), TypeError, r"x must be a dense tensor, got"),
+    ("x", torch.zeros(2, 4, 1, 1, 1, 1), ValueError, r"x must have at most 5 dimensions"),
+    ("groups", True, TypeError, r"groups must be an integer, got True"),
     ("groups", 2.0, TypeError, r"groups must be an integer, got 2.0"),
     ("weight", torch.zeros(4), ValueError, r"weight must have shape \(\*, 4\)"),
     ("bias", torch.zeros(2, 5), ValueError, r"bias must have shape \(\*, 4\)"),
@@ -248,6 +264,11 @@ INVALID = [
     ("model_index", torch.tensor([0, 1, 1]), ValueError, r"model_index must have shape \(2,\)"),
     ("model_index", torch.zeros(2), TypeError, r"model_index must be int64, got float32"),
     ("model_index", None, ValueError, r"weight must have shape \(4,\)"),
+    ("weight", torch.zeros(2, 4).half(), TypeError, r"weight must be float32, got float16"),
+    ("model_index", torch.tensor([0, 1], device="meta"), ValueError, r"model_index must be on cpu"),
+    ("model_index", torch.tensor([-1, 1]), ValueError, r"model_index must be in \[0, 2\), got -1 at row 0"),
+    ("eps", math.nan, ValueError, r"eps must be finite and at least 0"),
+    ("eps", "0", TypeError, r"eps must be a real number, got '0'"),
     ("eps", -1.0, ValueError, r"eps must be finite and at least 0"),
     ("silu", 1, TypeError, r"silu must be a bool, got 1"),
     ("backend", "", ValueError, r"backend must be one of"),

@@ -73,6 +73,18 @@ REFUSALS = [
     ({"positions": -1}, ValueError, "positions must be at least 0, got -1"),
     ({"channels": -4}, ValueError, "channels must be at least 0, got -4"),
     ({"rows": 2**40, "positions": 2**40}, ValueError, r"x must have at most 2\*\*40 elements"),
+    ({"positions": 2**62, "channels": 4}, ValueError, r"x must have at most 2\*\*40 elements"),
+    ({"channels": 2**42}, ValueError, r"x must have at most 2\*\*40 elements"),
+    ({"rows": 2**63}, TypeError, "incompatible function arguments"),
+    ({"dtype": ""}, ValueError, "dtype must be one of 'float32', 'bfloat16', got ''"),
+    ({"dtype": 0}, TypeError, "incompatible function arguments"),
+    ({"groups": -2}, ValueError, "groups must divide 4 channels, got -2"),
+    ({"groups": 8}, ValueError, "groups must divide 4 channels, got 8"),
+    ({"out": -1}, TypeError, "incompatible function arguments"),
+    ({"out": 1, "dtype": "bfloat16"}, ValueError, "out must be aligned to 2 bytes"),
+    ({"x": 1, "dtype": "bfloat16"}, ValueError, "x must be aligned to 2 bytes"),
+    ({"threads": -1}, ValueError, "threads must be at least 1, got -1"),
+    ({"eps": float("-inf")}, ValueError, "eps must be at least 0, got -inf"),
     ({"groups": 0}, ValueError, "groups must divide 4 channels, got 0"),
     ({"groups": 3}, ValueError, "groups must divide 4 channels, got 3"),
     ({"eps": -1.0}, ValueError, "eps must be at least 0, got -1"),
@@ -96,6 +108,13 @@ def test_refuses(change: dict[str, Any], error: type[Exception], message: str) -
     with pytest.raises(error, match=prefix + message):
         _C.group_norm_silu(**{**group_norm_silu_arguments(out, x, 2), **change})
     assert (out == 0).all()
+
+
+@pytest.mark.parametrize("size", ["rows", "positions", "channels"])
+def test_what_is_empty_reads_and_writes_nothing(size: str) -> None:
+    x = torch.zeros(2, 3, 4)
+    _C.group_norm_silu(**{**group_norm_silu_arguments(x, x, 2), size: 0, "out": 0, "x": 0})
+    assert (x == 0).all()
 
 
 @pytest.mark.parametrize("bad", [-1, 2, 2**40])
