@@ -143,9 +143,9 @@ SEGMENTS = {
         (1, 64): [DENSE, RANK_16],
         (10, 8): FORMS,
         (10, 1): [DENSE, RANK_16, SHARED],
-        (100, 1): FORMS,
+        (100, 1): [DENSE, RANK_16, SHARED],
     },
-    torch.bfloat16: {segments: [DENSE, RANK_16] for segments in ((1, 64), (10, 8), (10, 1), (100, 1))},
+    torch.bfloat16: {segments: [DENSE, RANK_16] for segments in ((10, 8), (10, 1), (100, 1))},
 }
 
 

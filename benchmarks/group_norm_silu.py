@@ -76,10 +76,10 @@ def keep_freed_memory() -> None:
 
     Else every contender spends most of its time in page faults, which allocation patterns outside the op decide.
     """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, most = -1, -3, 2**31 - 1
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     libc = ctypes.CDLL(None)
-    if not (libc.mallopt(M_MMAP_THRESHOLD, most // 64) and libc.mallopt(M_TRIM_THRESHOLD, most)):
-        raise RuntimeError("mallopt refused the thresholds")
+    if not (libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)):
+        raise RuntimeError("mallopt refused to keep freed memory")
 
 
 def _case(rows: int, channels: int, side: int, dtype: torch.dtype, embedded: bool, quick: bool) -> Case:

@@ -62,6 +62,9 @@ class Choice(NamedTuple):
     asked_by: str
 
 
+_DEFAULT = Choice("auto", "default")
+
+
 class Availability(NamedTuple):
     """One line of `availability`: reason is None where the backend can run."""
 
@@ -86,6 +89,8 @@ class Op(Generic[RequestT, ResultT]):
     def run(self, request: RequestT, backend: str) -> ResultT:
         """Run the request on the chosen backend; results carry no gradient."""
         chosen = self._choose(request, requested_backend(self.name, backend))
+        if not torch.is_grad_enabled():
+            return chosen.run(request)
         with torch.no_grad():
             return chosen.run(request)
 
@@ -140,15 +145,16 @@ def register(op: Op[RequestT, ResultT]) -> Op[RequestT, ResultT]:
 
 def requested_backend(where: str, argument: str) -> Choice:
     """Who names a backend for this call, by precedence; ValueError where the name is unknown."""
-    context, environment = _context.get(), os.environ.get(ENVIRONMENT_VARIABLE)
     if argument != "auto":
         return Choice(check_choice(where, "backend", argument, BACKEND_NAMES), "backend=")
+    context = _context.get()
     if context is not None:
         return Choice(context, "use_backend")
+    environment = os.environ.get(ENVIRONMENT_VARIABLE)
     if environment:
         name = check_choice(where, f"backend (from {ENVIRONMENT_VARIABLE})", environment, BACKEND_NAMES)
         return Choice(name, ENVIRONMENT_VARIABLE)
-    return Choice("auto", "default")
+    return _DEFAULT
 
 
 @contextmanager

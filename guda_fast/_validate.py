@@ -45,7 +45,7 @@ def check_tensor(
         raise ValueError(f"{where}: {name} must have at least {min_dim} dimensions, got {describe(value)}")
     if max_dim is not None and value.dim() > max_dim:
         raise ValueError(f"{where}: {name} must have at most {max_dim} dimensions, got {describe(value)}")
-    if shape is not None and not _shape_matches(value.shape, shape):
+    if shape is not None and value.shape != shape and not _shape_matches(value.shape, shape):
         wanted = ", ".join("*" if size is None else str(size) for size in shape)
         wanted = f"({wanted},)" if len(shape) == 1 else f"({wanted})"
         raise ValueError(f"{where}: {name} must have shape {wanted}, got {describe(value)}")
@@ -116,7 +116,7 @@ def check_bool(where: str, name: str, value: object) -> bool:
 
 def check_int(where: str, name: str, value: object, low: int, high: int = INT64_MAX) -> int:
     """Check that ``value`` is an integer (no bool) in [low, high]; return it as an int."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise TypeError(f"{where}: {name} must be an integer, got {describe(value)}")
     number = int(value)
     if not low <= number <= high:
@@ -127,7 +127,7 @@ def check_int(where: str, name: str, value: object, low: int, high: int = INT64_
 
 def check_real(where: str, name: str, value: object, low: float, high: float = math.inf) -> float:
     """Check that ``value`` is a finite real number in [low, high]; return it as a float."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{where}: {name} must be a real number, got {describe(value)}")
     number = float(value)
     if not (math.isfinite(number) and low <= number <= high):

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from guda_fast.forward.fuse import fuse, fused_blocks, unfuse
+from guda_fast.forward import fuse, fused_blocks, unfuse
 
 
 def unet(**options: Any) -> UNet2DModel:
@@ -21,12 +27,12 @@ def unet(**options: Any) -> UNet2DModel:
     return randomized(UNet2DModel(**{**sizes, **blocks, "norm_num_groups": 16, **options}))
 
 
-def conditional() -> UNet2DConditionModel:
+def conditional(**options: Any) -> UNet2DConditionModel:
     torch.manual_seed(0)
     model = UNet2DConditionModel(
         block_out_channels=(32, 64), layers_per_block=1, sample_size=16, norm_num_groups=16, cross_attention_dim=24,
         attention_head_dim=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **options,
     )  # fmt: skip
     return randomized(model)
 
@@ -42,19 +48,27 @@ def randomized(model: nn.Module) -> Any:
 
 MODELS = {
     "default": lambda: unet(),
-    "scale_shift": lambda: unet(resnet_time_scale_shift="scale_shift"),
+    "scale_shift, classes": lambda: unet(resnet_time_scale_shift="scale_shift", num_class_embeds=3),
     "resnet resampling": lambda: unet(
         down_block_types=("ResnetDownsampleBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "ResnetUpsampleBlock2D"),
         downsample_type="resnet",
         upsample_type="resnet",
     ),
+    "skip": lambda: unet(
+        down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+        up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+    ),
     "conditional": conditional,
+    "conditional, linear": lambda: conditional(use_linear_projection=True),
 }
+RESAMPLED_IN_CHANNELS_FIRST = {"skip"}  # by diffusers' FIR filters
 
 
 def run(model: nn.Module, x: Tensor) -> Tensor:
-    condition = {}
+    condition: dict[str, Tensor] = {}
+    if getattr(model, "class_embedding", None) is not None:
+        condition = {"class_labels": torch.arange(len(x)) % 3}
     if isinstance(model, UNet2DConditionModel):
         states = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(1)).to(x.dtype)
         condition = {"encoder_hidden_states": states.expand(len(x), -1, -1)}
@@ -68,41 +82,175 @@ def make_x(model: nn.Module, rows: int = 2, dtype: torch.dtype = torch.float32) 
     return x.to(dtype).to(memory_format=torch.channels_last)
 
 
+def fused_kinds(model: nn.Module) -> set[type[nn.Module]]:
+    return {type(model.get_submodule(name)).__mro__[1] for name in fused_blocks(model)}
+
+
+def outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """What the blocks of a model give, by name; "" is the model."""
+    found = {}
+    kinds = (ResnetBlock2D, Attention, Transformer2DModel, Upsample2D, Downsample2D)
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    handles = [
+        block.register_forward_hook(
+            lambda _module, _args, out, name=name: found.__setitem__(name, out if isinstance(out, Tensor) else out[0])
+        )
+        for name, block in blocks.items()
+    ]
+    found[""] = run(model, x)
+    for handle in handles:
+        handle.remove()
+    assert len(found) == len(blocks) + 1
+    return found
+
+
+class Convolutions(TorchDispatchMode):
+    """Notes which convolutions read channels-last, wherever they are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_channels_last: list[bool] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.convolution.default:
+            self.in_channels_last.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        return function(*args, **(kwargs or {}))
+
+
+def lost(found: dict[str, Tensor]) -> list[str]:
+    """Which of these are not in channels-last."""
+    images = {name: out for name, out in found.items() if out.dim() == 4 and out.shape[1] > 3}
+    return [name for name, out in images.items() if not out.is_contiguous(memory_format=torch.channels_last)]
+
+
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_outputs_are_as_near_to_float64_as_before(name: str, layout: torch.memory_format) -> None:
-    model = MODELS[name]().to(memory_format=layout)
+def test_outputs_are_as_near_to_float64_as_before(name: str) -> None:
+    model = MODELS[name]().to(memory_format=torch.channels_last)
     x = make_x(model)
     exact = run(copy.deepcopy(model).double(), x.double())
     before = run(model, x)
-    assert len(fused_blocks(fuse(model))) == sum(isinstance(block, ResnetBlock2D) for block in model.modules()) > 3
-    after = run(model, x)
-    error, rival = (float((out.double() - exact).abs().max()) for out in (after, before))
+    fuse(model)
+    blocks = [module for module in model.modules() if isinstance(module, ResnetBlock2D | nn.GroupNorm)]
+    assert len(blocks) > 12
+    assert {type(block) for block in blocks}.isdisjoint({ResnetBlock2D, nn.GroupNorm})
+    assert nn.SiLU in fused_kinds(model)
+    after = outputs(model, x)
+    error, rival = (float((out.double() - exact).abs().max()) for out in (after[""], before))
     assert error <= 2 * rival
-    assert float((after - before).abs().max()) > 0 or layout != torch.channels_last
-    assert after.stride() == before.stride()
+    assert float((after[""] - before).abs().max()) > 0
+    assert after[""].stride() == before.stride()
+    assert lost(after) == [] or name in RESAMPLED_IN_CHANNELS_FIRST
     assert torch.equal(run(unfuse(model), x), before)
     assert fused_blocks(model) == []
 
 
-def test_bfloat16() -> None:
+def test_channels_first_models_give_the_same() -> None:
     model = unet()
+    x = make_x(model).contiguous()
+    before = run(model, x)
+    torch.testing.assert_close(run(fuse(model), x), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16(name: str) -> None:
+    model = MODELS[name]()
     x = make_x(model)
     exact = run(copy.deepcopy(model).double(), x.double())
     model = model.bfloat16().to(memory_format=torch.channels_last)
     before = run(model, x.bfloat16())
-    after = run(fuse(model), x.bfloat16())
-    assert after.dtype == torch.bfloat16
-    error, rival = ((out.double() - exact).square().mean() for out in (after, before))
+    after = outputs(fuse(model), x.bfloat16())
+    assert after[""].dtype == torch.bfloat16
+    error, rival = ((out.double() - exact).square().mean() for out in (after[""], before))
     assert float(error) <= 4 * float(rival)
+    assert lost(after) == [] or name in RESAMPLED_IN_CHANNELS_FIRST
 
 
-def test_a_batch_of_64() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["default", "resnet resampling", "conditional", "conditional, linear"])
+def test_a_batch_of_64_stays_in_channels_last(name: str, dtype: torch.dtype) -> None:
     """From there on diffusers makes activations contiguous before it resamples them."""
-    model = MODELS["resnet resampling"]().to(memory_format=torch.channels_last)
-    x = make_x(model, rows=64)
-    before = run(model, x)
-    torch.testing.assert_close(run(fuse(model), x), before, rtol=1e-4, atol=1e-4)
+    model = MODELS[name]().to(dtype, memory_format=torch.channels_last)
+    x = make_x(model, rows=65, dtype=dtype)
+    with Convolutions() as plain:
+        before = run(model, x)
+    assert not all(plain.in_channels_last), "the trap is gone, and so is the reason for this test"
+    fuse(model)
+    with Convolutions() as fused:
+        after = run(model, x)
+    assert len(fused.in_channels_last) == len(plain.in_channels_last)
+    assert all(fused.in_channels_last)
+    assert lost(outputs(model, x)) == []
+    # Of activations around 1; in bfloat16 the two differ by the roundings of some ten layers.
+    tolerance = 1e-4 if dtype == torch.float32 else 0.15
+    torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance)
+
+
+def test_upsampling_beyond_32_bits_is_left_to_diffusers() -> None:
+    layer = Upsample2D(2).to("meta")
+    small, large = (torch.empty((64, 2, size, 2**12), device="meta") for size in (2**4, 2**10))
+    small, large = (x.to(memory_format=torch.channels_last) for x in (small, large))
+    with torch.no_grad():
+        assert fuse(layer)(small).is_contiguous(memory_format=torch.channels_last)
+        assert layer(large).is_contiguous()
+        assert layer(small, output_size=(32, 2**13)).is_contiguous()
+
+
+def test_hooks_inside_a_block_are_called() -> None:
+    model = unet().to(memory_format=torch.channels_last)
+    x, seen = make_x(model), []
+    block = model.mid_block.resnets[0]
+    for layer in (block.norm1, block.conv2):
+        layer.register_forward_hook(lambda _module, _args, out: seen.append((out, out.clone())))
+    expected = run(model, x)
+    plain = [kept for kept, _ in seen]
+    seen.clear()
+    torch.testing.assert_close(run(fuse(model), x), expected, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 2
+    for (kept, at_once), without in zip(seen, plain, strict=True):
+        assert torch.equal(kept, at_once), "what a hook keeps was written into"
+        torch.testing.assert_close(kept, without, rtol=1e-4, atol=1e-4)
+
+
+def test_copies_are_fused_too() -> None:
+    model = fuse(unet().to(memory_format=torch.channels_last))
+    x = make_x(model)
+    expected = run(model, x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+        assert fused_blocks(other) == fused_blocks(model)
+        assert torch.equal(run(other, x), expected)
+        unfuse(other)
+    assert fused_blocks(model)
+
+
+def test_autocast_runs_the_original() -> None:
+    model = unet().to(memory_format=torch.channels_last)
+    x = make_x(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = run(model, x)
+        assert torch.equal(run(fuse(model), x), before)
+
+
+def test_a_fused_block_compiles_into_one_graph() -> None:
+    block = fuse(ResnetBlock2D(in_channels=32, out_channels=64, temb_channels=8)).eval()
+    x = torch.randn(2, 32, 4, 4).to(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+        result, expected = compiled(x, torch.ones(2, 8)), block(x, torch.ones(2, 8))
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    assert result.stride() == expected.stride()
+
+
+def test_one_time_embedding_for_all_rows() -> None:
+    block = ResnetBlock2D(in_channels=32, temb_channels=8).eval()
+    x, temb = torch.randn(3, 32, 4, 4).to(memory_format=torch.channels_last), torch.randn(1, 8)
+    with torch.no_grad():
+        expected = block(x, temb)
+        torch.testing.assert_close(fuse(block)(x, temb), expected, rtol=1e-5, atol=1e-5)
+    without = ResnetBlock2D(in_channels=32, temb_channels=None, output_scale_factor=2.0).eval()
+    with torch.no_grad():
+        expected = without(x, None)
+        torch.testing.assert_close(fuse(without)(x, None), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_parameters_and_keys_are_the_models_own() -> None:
@@ -116,12 +264,11 @@ def test_parameters_and_keys_are_the_models_own() -> None:
     with torch.no_grad():
         for changed in (model, plain):
             for name, parameter in changed.named_parameters():
-                if "norm" in name or "time_emb_proj" in name:
+                if any(part in name for part in ("norm", "time_emb_proj", "conv1.bias")):
                     parameter.mul_(1.5)
     swapped = run(model, x)
     torch.testing.assert_close(swapped, run(plain, x), rtol=1e-4, atol=1e-4)
     assert float((swapped - first).abs().max()) > 1e-2
-    assert len(fused_blocks(copy.deepcopy(model))) == len(fused_blocks(model))
 
 
 def test_gradients_are_the_originals() -> None:
@@ -140,7 +287,9 @@ def test_what_cannot_be_expressed_is_left_alone() -> None:
 
     sizes: dict[str, Any] = {"in_channels": 32, "temb_channels": 8}
     blocks = nn.ModuleList([ResnetBlock2D(**sizes, non_linearity="mish"), Own(**sizes), ResnetBlock2D(**sizes)])
-    assert fused_blocks(fuse(blocks)) == ["2"]
+    names = fused_blocks(fuse(blocks))
+    assert "2" in names
+    assert not {"0", "1"} & set(names)
     for call in (fuse, unfuse):
         with pytest.raises(TypeError, match=rf"{call.__name__}: model must be a torch.nn.Module, got str"):
             call("unet")

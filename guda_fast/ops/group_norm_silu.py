@@ -15,6 +15,7 @@ from guda_fast.ops._rows import native_reason
 
 _NAME = "group_norm_silu"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of the extension
 _PER_ROW = ("addend", "scale", "shift")
 _TRITON_MAX_WIDTH = 2**16  # a tile holds all channels of a group
 
@@ -36,6 +37,7 @@ class _Request(NamedTuple):
     vectors: _Vectors
     eps: float
     silu: bool
+    strides: tuple[int, int, int] | None  # as of _strides
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +111,7 @@ def _checked(x: Tensor, groups: int, vectors: _Vectors, eps: float, silu: bool) 
     dtypes = (torch.float32, x.dtype) if x.dtype.itemsize == 2 else (x.dtype,)
     model_index = vectors.model_index
     affine = (channels,) if model_index is None else (None, channels)
-    for name, vector in vectors._asdict().items():
+    for name, vector in zip(_Vectors._fields, vectors, strict=True):
         if vector is not None and name != "model_index":
             shape = (rows, channels) if name in _PER_ROW else affine
             check_tensor(_NAME, name, vector, shape=shape, dtypes=dtypes, device=x.device)
@@ -118,17 +120,20 @@ def _checked(x: Tensor, groups: int, vectors: _Vectors, eps: float, silu: bool) 
         for parameter in (vectors.weight, vectors.bias):
             if parameter is not None:
                 check_index_range(_NAME, "model_index", model_index, parameter.shape[0] - 1)
-    return _Request(x, groups, vectors, check_real(_NAME, "eps", eps, 0), check_bool(_NAME, "silu", silu))
+    eps, silu = check_real(_NAME, "eps", eps, 0), check_bool(_NAME, "silu", silu)
+    return _Request(x, groups, vectors, eps, silu, _strides(x))
 
 
 def _run_reference(request: _Request) -> Tensor:
-    x, groups, vectors, eps, silu = request
+    x, groups, vectors, eps, silu, _ = request
     return definition.group_norm_silu(x, groups, **vectors._asdict(), eps=eps, silu=silu)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int] | None:
     """In elements, of rows, channels and positions, where the positions lie evenly; else None."""
     rows, channels, *sizes = x.shape
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return (sizes[0] * sizes[1] * channels, 1, channels)
     if x.numel() == 0:
         return (0, 1, channels)
     position_stride = reach = 0
@@ -143,12 +148,11 @@ def _strides(x: Tensor) -> tuple[int, int, int] | None:
     return (x.stride(0) if rows > 1 else 0, x.stride(1) if channels > 1 else 1, position_stride or channels)
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    strides = _strides(x)
-    if strides is None:
+def _is_channels_last(request: _Request) -> bool:
+    if request.strides is None:
         return False
-    channels, positions = x.shape[1], x.shape[2:].numel()
-    row, channel, position = strides
+    channels, positions = request.x.shape[1], request.x.shape[2:].numel()
+    row, channel, position = request.strides
     # What overlaps, or has its rows further inside, would not be written in the same layout.
     return channel == 1 and position >= channels and (row == 0 or row >= (positions - 1) * position + channels)
 
@@ -157,71 +161,66 @@ def _readable(vectors: _Vectors, dtype: torch.dtype | None = None) -> _Vectors:
     """As kernels read them by pointer: the channels next to each other, and only rows' vectors apart."""
 
     def plain(name: str, vector: Tensor | None) -> Tensor | None:
-        if vector is None:
-            return None
+        # Cheap questions first: each conversion that does nothing still costs a call.
+        if vector is None or (vector.dtype == dtype and vector.is_contiguous() and not vector.is_neg()):
+            return vector
         if name != "model_index":
             vector = vector.to(dtype or vector.dtype).resolve_neg()
         return vector if name in _PER_ROW and vector.stride(-1) == 1 else vector.contiguous()
 
-    return _Vectors(*(plain(name, vector) for name, vector in vectors._asdict().items()))
+    return _Vectors(*map(plain, _Vectors._fields, vectors))
 
 
 def _run_cpp(request: _Request) -> Tensor:
-    out = torch.empty_like(request.x)
-    _call_extension(out, request._replace(vectors=_readable(request.vectors, torch.float32)))
-    return out
-
-
-def _call_extension(out: Tensor, request: _Request) -> None:
     from guda_fast import _C
 
-    x, groups, vectors, eps, silu = request
-    rows, channels, *sizes = x.shape
-    to, at = _strides(out), _strides(x)
+    x, groups, vectors, eps, silu, at = request
+    out = torch.empty_like(x)
+    to = _strides(out)
     assert to is not None and at is not None, "_cpp_supports was asked"
-    weight, bias, index = (0 if vector is None else vector.data_ptr() for vector in vectors[:3])
-    addend, scale, shift = (
-        (0, 0) if vector is None else (vector.data_ptr(), vector.stride(0)) for vector in vectors[3:]
-    )
-    models = min((v.shape[0] for v in vectors[:2] if v is not None and v.dim() == 2), default=rows)
+    rows, channels = x.shape[:2]
+    weight, bias, index, *per_row = _readable(vectors, torch.float32)
+    models = min((v.shape[0] for v in (weight, bias) if v is not None and v.dim() == 2), default=rows)
     _C.group_norm_silu(
         out.data_ptr(),
         (to[0], to[2]),
         x.data_ptr(),
         (at[0], at[2]),
-        str(x.dtype).removeprefix("torch."),
+        _DTYPE_NAMES[x.dtype],
         rows,
-        torch.Size(sizes).numel(),
+        x.shape[2:].numel(),
         channels,
         groups,
-        weight,
-        bias,
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         models,
-        index if weight or bias else 0,
-        *addend,
-        *scale,
-        *shift,
+        0 if index is None or (weight is None and bias is None) else index.data_ptr(),
+        *(value for vector in per_row for value in _pointer_and_stride(vector)),
         eps,
         silu,
         torch.get_num_threads(),
     )
+    return out
+
+
+def _pointer_and_stride(vector: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if vector is None else (vector.data_ptr(), vector.stride(0))
 
 
 def _cpp_supports(request: _Request) -> str | None:
-    x = request.x
-    if x.dtype == torch.float16:
+    if request.x.dtype == torch.float16:
         return "x is float16, which cpp does not read in this op"
-    if not _is_channels_last(x):
+    if not _is_channels_last(request):
         return "x is not in channels-last (to(memory_format=torch.channels_last) makes it so)"
-    return native_reason(x=x)
+    return native_reason(x=request.x)
 
 
 def _run_triton(request: _Request) -> Tensor:
     from guda_fast.kernels.triton.group_norm_silu import group_norm_silu as launch
 
-    x, groups, vectors, eps, silu = request
+    x, groups, vectors, eps, silu, at = request
     out = torch.empty_like(x)
-    to, at = _strides(out), _strides(x)
+    to = _strides(out)
     assert to is not None and at is not None, "_triton_supports was asked"
     launch(out, to, x, at, groups, _readable(vectors), eps=eps, silu=silu)
     return out
@@ -229,7 +228,7 @@ def _run_triton(request: _Request) -> Tensor:
 
 def _triton_supports(request: _Request) -> str | None:
     x, groups = request.x, request.groups
-    if _strides(x) is None:
+    if request.strides is None:
         return "the positions of x do not lie evenly in memory (contiguous() makes them)"
     if x.shape[1] // groups > _TRITON_MAX_WIDTH:
         return f"groups have {x.shape[1] // groups} channels, and triton takes {_TRITON_MAX_WIDTH} at most"
