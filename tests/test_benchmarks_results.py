@@ -62,6 +62,16 @@ def test_committed_noise_ops_meet_their_targets() -> None:
             assert float(row["ratio"]) >= least
 
 
+def test_committed_noise_ops_scale_to_two_threads() -> None:
+    """At least 1.8 times one thread, in each op with float32 (the project's bar)."""
+    rows = runner.read_csv(runner.RESULTS / "noise_ops_threads.csv")
+    two = [row for row in rows if row["threads"] == "2" and row["dtype"] == "float32"]
+    scaling = {(row["op"], row["instruction_set"]): float(row["ratio"]) for row in two}
+    for op in ("add_noise", "denoising_error"):
+        for instruction_set in ("avx2", "avx512"):
+            assert scaling[op, instruction_set] >= 1.8
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
