@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 BUILD_INPUTS := CMakeLists.txt pyproject.toml constraints.txt guda_fast/_version.py \
 	$(shell find csrc cmake kernels -type f -not -name '*.pyc')
-CPP_SOURCES = $(shell find csrc kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP_SOURCES = $(shell find csrc kernels tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Also read by pip's isolated build environments.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
