@@ -18,8 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# positions, channels, groups: of CIFAR's and Stable Diffusion's networks, one with both kinds of padding
-ROWS = [(1024, 128, 32), (16, 512, 32), (4096, 320, 32), (35, 15, 3)]
+# positions, channels, groups: of CIFAR's and Stable Diffusion's networks, one with both kinds of padding, and one of
+# ones, which are constants to Triton, in each way
+ROWS = [(1024, 128, 32), (16, 512, 32), (4096, 320, 32), (35, 15, 3), (1, 5, 1), (1, 2**15, 1)]
 # What a residual block gives: a time embedding added in front, or a scale and shift behind.
 ABSENT = {"added": ("scale", "shift", "model_index"), "scaled": ("addend",)}
 
@@ -38,7 +39,10 @@ def variants(dtype: str, absent: tuple[str, ...]) -> list[tuple[Any, Any, dict[s
         if config.tiles:
             kernels = [module._statistics_kernel, module._normalize_kernel]
         for kernel in kernels:
-            constants = {name: value for name, value in sizes.items() if name in kernel.arg_names}
+            chunks = triton.cdiv(positions, config.positions * max(config.tiles, 1))
+            numbers = {"positions": positions, "groups": groups, "chunks": chunks, "tiles": config.tiles}
+            ones = {name: value for name, value in numbers.items() if value == 1}
+            constants = {name: value for name, value in (sizes | ones).items() if name in kernel.arg_names}
             options = module.launch_options(config, BYTES[dtype])
             found.append((kernel, (positions, channels, groups), constants, options))
     return found

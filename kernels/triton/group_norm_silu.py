@@ -66,7 +66,7 @@ def _warps(elements: int, limits: _Limits) -> int:
 
 def launch_options(config: Config, element_size: int) -> dict[str, Any]:
     options: dict[str, Any] = {"num_warps": config.warps, "enable_fp_fusion": True}
-    if config.warps == _MAX_WARPS and element_size == 2:
+    if config.tiles == 0 and config.warps == _MAX_WARPS and element_size == 2:
         options["maxnreg"] = _REGISTERS
     return options
 
@@ -75,6 +75,14 @@ def is_full(config: Config, positions: int, channels: int, groups: int) -> bool:
     """Whether every tile is."""
     width = channels // groups
     return positions % config.positions == 0 and groups % config.groups == 0 and width & (width - 1) == 0
+
+
+@triton.jit
+def _place(groups, chunks, GROUPS: tl.constexpr):
+    """A program's first group, its chunk of positions and its row. Neighbours share positions, and so memory pages."""
+    blocks = tl.cdiv(groups, GROUPS)
+    block, rest = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    return block * GROUPS, rest % chunks, rest // chunks
 
 
 @triton.jit
@@ -111,7 +119,7 @@ def _to_lanes(per_group, LANES: tl.constexpr):
 
 
 @triton.jit
-def _is_inside(is_position, is_channel, FULL: tl.constexpr):
+def _mask(is_position, is_channel, FULL: tl.constexpr):
     """Which elements of a tile are the map's; None where all are, which spares every mask."""
     return None if FULL else is_position[:, None] & is_channel[None, :]
 
@@ -123,7 +131,7 @@ def _load(at, inside):
 
 
 @triton.jit
-def _inside(h, inside):
+def _masked(h, inside):
     """With zeros outside."""
     return h if inside is None else tl.where(inside, h, 0.0)
 
@@ -137,7 +145,7 @@ def _statistics(h, inside, count, GROUPS: tl.constexpr):
     """
     LANES: tl.constexpr = h.shape[1] // GROUPS
     mean = _group_sums(h, GROUPS) / count
-    h = _inside(h - tl.expand_dims(_to_lanes(mean, LANES), 0), inside)
+    h = _masked(h - tl.expand_dims(_to_lanes(mean, LANES), 0), inside)
     rest = _group_sums(h, GROUPS) / count
     return h, mean, rest, _group_sums(h * h, GROUPS) - count * (rest * rest)
 
@@ -168,11 +176,12 @@ def _silu(y, EXACT: tl.constexpr):
 @triton.jit
 def _affine(
     less, deviation,  # (C,) what h has to lose, and 1 / sqrt(variance + eps), a lane each
-    weight, bias, scale, shift, model, row, channels, scale_row, shift_row,
-    channel, is_channel,
+    weight, bias, model_index, scale, shift, row, channels, scale_row, shift_row, channel, is_channel,
 ):  # fmt: skip
     """What makes y of h: y = (h factor + summand) after + last, where the last two may be None."""
-    factor, last, after = deviation, None, None
+    factor, last, after, model = deviation, None, None, row * 0
+    if model_index is not None:
+        model = tl.load(model_index + row)
     if weight is not None:
         factor = factor * _vector(weight, model * channels, channel, is_channel)
     summand = -less * factor
@@ -187,17 +196,12 @@ def _affine(
 
 
 @triton.jit
-def _applied(h, factor, summand, after, last):
+def _finish(out, at, inside, h, factor, summand, after, last, SILU: tl.constexpr, ROUND_BY_HAND: tl.constexpr):
     y = h * factor[None, :] + summand[None, :]
     if after is not None:
         y = y * after[None, :]
     if last is not None:
         y = y + last[None, :]
-    return y
-
-
-@triton.jit
-def _write(out, at, inside, y, SILU: tl.constexpr, ROUND_BY_HAND: tl.constexpr):
     if SILU:
         y = _silu(y, out.dtype.element_ty == tl.float32)
     # The interpreter cuts bfloat16 off: rounding to the nearest before leaves nothing to cut.
@@ -206,14 +210,6 @@ def _write(out, at, inside, y, SILU: tl.constexpr, ROUND_BY_HAND: tl.constexpr):
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         y = tl.where(y == y, rounded.to(tl.float32, bitcast=True), y)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _model_of(model_index, row):
-    model = row * 0
-    if model_index is not None:
-        model = tl.load(model_index + row)
-    return model
 
 
 @triton.jit
@@ -230,26 +226,24 @@ def _group_norm_silu_kernel(
     SILU: tl.constexpr, ROUND_BY_HAND: tl.constexpr,
     LANES: tl.constexpr, GROUPS: tl.constexpr, POSITIONS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(groups, GROUPS)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    channel, is_channel = _channels(tl.program_id(0) % blocks * GROUPS, groups, WIDTH, LANES, GROUPS)
+    first_group, _, row = _place(groups, 1, GROUPS)
+    channel, is_channel = _channels(first_group, groups, WIDTH, LANES, GROUPS)
     position = tl.arange(0, POSITIONS)
-    inside = _is_inside(position < positions, is_channel, FULL)
+    inside = _mask(position < positions, is_channel, FULL)
     at = position.to(tl.int64)[:, None] * x_position + channel.to(tl.int64)[None, :] * x_channel
     tile = _load(x + row * x_row + at, inside)
     if addend is not None:
         added = _vector(addend, row * addend_row, channel, is_channel)
-        tile = _inside(tile + added[None, :], inside)
+        tile = _masked(tile + added[None, :], inside)
     count = tl.to_tensor(positions).to(tl.float32) * WIDTH
     tile, _, rest, squares = _statistics(tile, inside, count, GROUPS)
     deviation = tl.div_rn(1.0, tl.sqrt_rn(squares / count + eps))
     factor, summand, after, last = _affine(
-        _to_lanes(rest, LANES), _to_lanes(deviation, LANES), weight, bias, scale, shift,
-        _model_of(model_index, row), row, groups * WIDTH, scale_row, shift_row, channel, is_channel,
+        _to_lanes(rest, LANES), _to_lanes(deviation, LANES), weight, bias, model_index, scale, shift,
+        row, groups * WIDTH, scale_row, shift_row, channel, is_channel,
     )  # fmt: skip
-    y = _applied(tile, factor, summand, after, last)
     at = position.to(tl.int64)[:, None] * out_position + channel.to(tl.int64)[None, :] * out_channel
-    _write(out + row * out_row, at, inside, y, SILU, ROUND_BY_HAND)
+    _finish(out + row * out_row, at, inside, tile, factor, summand, after, last, SILU, ROUND_BY_HAND)
 
 
 @triton.jit
@@ -263,25 +257,22 @@ def _statistics_kernel(
     LANES: tl.constexpr, GROUPS: tl.constexpr, POSITIONS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """The mean of h and the sum of squared deviations from it, of each group over a chunk of `tiles` tiles."""
-    blocks = tl.cdiv(groups, GROUPS)
-    first_group = tl.program_id(0) % blocks * GROUPS
-    chunk = tl.program_id(0) // blocks % chunks
-    row = (tl.program_id(0) // blocks // chunks).to(tl.int64)
+    first_group, chunk, row = _place(groups, chunks, GROUPS)
     channel, is_channel = _channels(first_group, groups, WIDTH, LANES, GROUPS)
     if addend is not None:
         added = _vector(addend, row * addend_row, channel, is_channel)
-    first = chunk.to(tl.int64) * tiles * POSITIONS
+    first = chunk * tiles * POSITIONS
     end = tl.minimum(first + tiles * POSITIONS, positions)
     before = end - end  # positions that the mean is of
     mean, total = tl.zeros((GROUPS,), tl.float64), tl.zeros((GROUPS,), tl.float64)
     for start in range(first, end, POSITIONS):
         position = start + tl.arange(0, POSITIONS)
-        inside = _is_inside(position < end, is_channel, FULL)
+        inside = _mask(position < end, is_channel, FULL)
         at = position[:, None] * x_position + channel.to(tl.int64)[None, :] * x_channel
         tile = _load(x + row * x_row + at, inside)
         count = tl.minimum(end - start, POSITIONS)
         if addend is not None:
-            tile = _inside(tile + added[None, :], inside)
+            tile = _masked(tile + added[None, :], inside)
         _, rounded, rest, more = _statistics(tile, inside, count.to(tl.float32) * WIDTH, GROUPS)
         share = count.to(tl.float64) / (before + count).to(tl.float64)
         step = (rounded.to(tl.float64) - mean) + rest.to(tl.float64)
@@ -329,10 +320,7 @@ def _normalize_kernel(
     SILU: tl.constexpr, ROUND_BY_HAND: tl.constexpr,
     LANES: tl.constexpr, GROUPS: tl.constexpr, POSITIONS: tl.constexpr, FULL: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(groups, GROUPS)
-    first_group = tl.program_id(0) % blocks * GROUPS
-    chunk = tl.program_id(0) // blocks % chunks
-    row = (tl.program_id(0) // blocks // chunks).to(tl.int64)
+    first_group, chunk, row = _place(groups, chunks, GROUPS)
     channel, is_channel = _channels(first_group, groups, WIDTH, LANES, GROUPS)
     group = first_group + tl.arange(0, GROUPS)
     mean, variance = _merged(
@@ -341,24 +329,24 @@ def _normalize_kernel(
     )  # fmt: skip
     deviation = tl.div_rn(1.0, tl.sqrt_rn(variance.to(tl.float32) + eps))
     factor, summand, after, last = _affine(
-        tl.zeros((GROUPS * LANES,), tl.float32), _to_lanes(deviation, LANES), weight, bias, scale, shift,
-        _model_of(model_index, row), row, groups * WIDTH, scale_row, shift_row, channel, is_channel,
+        tl.zeros((GROUPS * LANES,), tl.float32), _to_lanes(deviation, LANES), weight, bias, model_index, scale, shift,
+        row, groups * WIDTH, scale_row, shift_row, channel, is_channel,
     )  # fmt: skip
     center = -_to_lanes(mean, LANES)
     if addend is not None:
         center += _vector(addend, row * addend_row, channel, is_channel).to(tl.float64)
     high = center.to(tl.float32)
     low = (center - high.to(tl.float64)).to(tl.float32)
-    first = chunk.to(tl.int64) * tiles * POSITIONS
+    first = chunk * tiles * POSITIONS
     end = tl.minimum(first + tiles * POSITIONS, positions)
     for start in range(first, end, POSITIONS):
         position = start + tl.arange(0, POSITIONS)
-        inside = _is_inside(position < end, is_channel, FULL)
+        inside = _mask(position < end, is_channel, FULL)
         at = position[:, None] * x_position + channel.to(tl.int64)[None, :] * x_channel
         tile = _load(x + row * x_row + at, inside)
-        y = _applied((tile + high[None, :]) + low[None, :], factor, summand, after, last)
+        tile = (tile + high[None, :]) + low[None, :]
         at = position[:, None] * out_position + channel.to(tl.int64)[None, :] * out_channel
-        _write(out + row * out_row, at, inside, y, SILU, ROUND_BY_HAND)
+        _finish(out + row * out_row, at, inside, tile, factor, summand, after, last, SILU, ROUND_BY_HAND)
 
 
 Strides = tuple[int, int, int]  # of rows, channels and positions
@@ -385,14 +373,13 @@ def group_norm_silu(
     (rows, channels), positions = x.shape[:2], x.shape[2:].numel()
     config = config or configuration(positions, channels, groups, x.element_size())
     sizes = {"WIDTH": channels // groups, "LANES": triton.next_power_of_2(channels // groups)}
-    sizes |= {"GROUPS": config.groups, "POSITIONS": config.positions}
-    sizes["FULL"] = is_full(config, positions, channels, groups)
+    full = is_full(config, positions, channels, groups)
+    sizes |= {"GROUPS": config.groups, "POSITIONS": config.positions, "FULL": full}
     sizes |= launch_options(config, x.element_size())
     last = {"SILU": silu, "ROUND_BY_HAND": INTERPRETED and x.dtype == torch.bfloat16}
     row_strides = tuple(0 if vector is None else vector.stride(0) for vector in vectors[3:])
     programs = rows * triton.cdiv(groups, config.groups)
-    # Triton launches on the current device.
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # Triton launches on the current one
         if config.tiles == 0:
             whole: Any = _group_norm_silu_kernel
             whole[(programs,)](
