@@ -94,6 +94,13 @@ REFUSALS = [
     ({"x": 0}, ValueError, "x must not be a null pointer"),
     ({"out_strides": (12, 3)}, ValueError, "out_strides must not let elements overlap"),
     ({"out_strides": (11, 4)}, ValueError, "out_strides must not let elements overlap"),
+    ({"out_strides": (2**62, 2**62)}, ValueError, r"out_strides must reach at most 2\*\*59 elements"),
+    ({"x_strides": (2**60, 4)}, ValueError, r"x_strides must reach at most 2\*\*59 elements"),
+    ({"x_strides": (12, -(2**63))}, ValueError, r"x_strides must reach at most 2\*\*59 elements"),
+    *(
+        ({name: 8, f"{name}_stride": 2**60}, ValueError, rf"{name}_stride must reach at most 2\*\*59 elements")
+        for name in ("addend", "scale", "shift")
+    ),
     ({"out_strides": (12, 4, 1)}, TypeError, "incompatible function arguments"),
     *(({name: 2}, ValueError, f"{name} must be aligned to 4 bytes") for name in ("out", "x", "weight", "bias")),
     *(({name: 2}, ValueError, f"{name} must be aligned to 4 bytes") for name in ("addend", "scale", "shift")),

@@ -21,9 +21,6 @@ std::int64_t checked_elements(const char* op, const std::vector<std::int64_t>& s
   return elements;
 }
 
-namespace {
-
-// Offsets are computed without a check: the farthest, in bytes, must fit in an int64.
 void check_reach(const char* op, const char* name, const std::vector<std::int64_t>& outer,
                  const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides) {
   constexpr std::int64_t kFarthest = std::numeric_limits<std::int64_t>::max() / 16;
@@ -38,8 +35,6 @@ void check_reach(const char* op, const char* name, const std::vector<std::int64_
     require(fits && reach <= kFarthest, op, ": ", name, " must reach at most 2**59 elements");
   }
 }
-
-}  // namespace
 
 Layout::Layout(const char* op, const char* name, const std::vector<std::int64_t>& outer,
                const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides) {

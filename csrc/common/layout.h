@@ -75,4 +75,9 @@ class Layout {
 // The number of elements of a sample; checks the shape.
 std::int64_t checked_elements(const char* op, const std::vector<std::int64_t>& shape);
 
+// Offsets are computed without a check: the farthest, in bytes, must fit in an int64. The strides are those
+// of the outer dimensions, then of the shape.
+void check_reach(const char* op, const char* name, const std::vector<std::int64_t>& outer,
+                 const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides);
+
 }  // namespace guda_fast

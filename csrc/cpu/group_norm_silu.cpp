@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/layout.h"
 #include "cpu/dispatch.h"
 #include "cpu/rows.h"
 
@@ -177,19 +178,26 @@ void check_layouts(const GroupNormSilu& call, std::uintptr_t alignment) {
   require(call.x != nullptr, kOp, ": x must not be a null pointer");
   check_pointer("out", call.out, alignment);
   check_pointer("x", call.x, alignment);
-  const Activations& out = call.out_layout;
+  const Activations &out = call.out_layout, &x = call.x_layout;
+  check_reach(kOp, "out_strides", {call.rows}, {call.positions}, {out.row_stride, out.position_stride});
+  check_reach(kOp, "x_strides", {call.rows}, {call.positions}, {x.row_stride, x.position_stride});
   require(call.positions == 1 || out.position_stride >= call.channels, kOp,
           ": out_strides must not let elements overlap");
   require(call.rows == 1 || out.row_stride >= (call.positions - 1) * out.position_stride + call.channels, kOp,
           ": out_strides must not let elements overlap");
 }
 
+void check_rows(const char* name, const char* stride_name, const RowVectors& vectors, std::int64_t rows) {
+  check_pointer(name, vectors.data, 4);
+  if (vectors.data != nullptr) check_reach(kOp, stride_name, {rows}, {}, {vectors.stride});
+}
+
 void check_vectors(const GroupNormSilu& call) {
   check_pointer("weight", call.affine.weight, 4);
   check_pointer("bias", call.affine.bias, 4);
-  check_pointer("addend", call.addend.data, 4);
-  check_pointer("scale", call.scale.data, 4);
-  check_pointer("shift", call.shift.data, 4);
+  check_rows("addend", "addend_stride", call.addend, call.rows);
+  check_rows("scale", "scale_stride", call.scale, call.rows);
+  check_rows("shift", "shift_stride", call.shift, call.rows);
   check_pointer("model_index", call.affine.model_index, 8);
   if (call.affine.model_index == nullptr) return;
   for (std::int64_t row = 0; row < call.rows; ++row) {
