@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    # Before any kernel is defined: without a GPU the Triton backend runs in the interpreter.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from guda_fast import _backends
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the Triton backend runs in its interpreter
 OFFSETS = torch.tensor([0, 0, 3, 3, 4, 9, 9])  # six models: three empty, one at each end
 INDEX = torch.tensor([2, 0, 1, -1, 2, 0])  # over three deltas
 FORMS = ["dense", "rank 1", "rank 3", "rank 19", "bias"]
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# The tolerances are those of float32; torch's default rounds what a GPU's convolutions multiply to TF32.
+torch.backends.cudnn.allow_tf32 = DEVICE == "cpu"
+
+
+def here(tensor: Tensor | None) -> Tensor | None:
+    """On the device that the tests run on."""
+    return None if tensor is None else tensor.to(DEVICE)
+
 
 BACKENDS = ["reference"] if _backends.triton_unavailable() else ["reference", "triton"]
 
@@ -92,7 +96,7 @@ def random_layer(
     random = torch.Generator().manual_seed(len(form) + sum(x_shape) + sum(weight_shape))
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random).to(dtype)
+        return torch.randn(shape, generator=random).to(dtype).to(DEVICE)
 
     outputs = weight_shape[0]
     deltas: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from delta_cases import BACKENDS, FORMS, INDEX, OFFSETS, Layer, random_layer
+from delta_cases import BACKENDS, FORMS, INDEX, OFFSETS, Layer, here, random_layer
 from guda_fast import ops
 
 WINDOWS: list[dict[str, Any]] = [
@@ -33,8 +34,9 @@ def conv_layer(
 
 def run(layer: Layer, offsets: Tensor | None, backend: str = "auto", **window: Any) -> Tensor:
     return ops.delta_conv2d(
-        layer.x, layer.weight, layer.bias, offsets=offsets, delta_index=INDEX, backend=backend, **window, **layer.deltas
-    )
+        layer.x, layer.weight, layer.bias,
+        offsets=here(offsets), delta_index=here(INDEX), backend=backend, **window, **layer.deltas,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -100,8 +102,9 @@ def test_empty(backend: str) -> None:
 def test_no_delta_at_all(backend: str, form: str, offsets: Tensor | None) -> None:
     layer, index = conv_layer(form, {}, number=0), torch.full((6,), -1)
     result = ops.delta_conv2d(
-        layer.x, layer.weight, layer.bias, offsets=offsets, delta_index=index, backend=backend, **layer.deltas
-    )
+        layer.x, layer.weight, layer.bias,
+        offsets=here(offsets), delta_index=here(index), backend=backend, **layer.deltas,
+    )  # fmt: skip
     layer.check(result, offsets, index)
 
 
@@ -152,7 +155,7 @@ def test_opcheck(form: str, offsets: Tensor | None) -> None:
     x = layer.x.to(memory_format=torch.channels_last)
     deltas = [layer.deltas.get(name) for name in ("delta", "up", "down", "bias_delta")]
     window = ([1, 2], [1, 0], [1, 1])
-    arguments = (x, layer.weight, layer.bias, offsets, *deltas, INDEX, *window, "reference")
+    arguments = (x, layer.weight, layer.bias, here(offsets), *deltas, here(INDEX), *window, "reference")
     torch.library.opcheck(torch.ops.guda_fast.delta_conv2d.default, arguments)
 
 
@@ -161,8 +164,6 @@ def test_compiles_into_one_graph() -> None:
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def double(x: Tensor) -> Tensor:
-        return 2 * ops.delta_conv2d(
-            x, layer.weight, layer.bias, offsets=OFFSETS, delta_index=INDEX, padding=1, **layer.deltas
-        )
+        return 2 * run(replace(layer, x=x), OFFSETS, padding=1)
 
     torch.testing.assert_close(double(layer.x), 2 * run(layer, OFFSETS, padding=1), rtol=0, atol=0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from delta_cases import BACKENDS, FORMS, INDEX, OFFSETS, Layer, random_layer
+from delta_cases import BACKENDS, DEVICE, FORMS, INDEX, OFFSETS, Layer, here, random_layer
 from guda_fast import _backends, ops, reference
 from guda_fast.errors import BackendUnavailableError
 from guda_fast.reference.segments import Deltas
@@ -18,8 +19,9 @@ from guda_fast.reference.segments import Deltas
 
 def run(layer: Layer, offsets: Tensor | None, index: Tensor | None, backend: str = "auto") -> Tensor:
     return ops.delta_linear(
-        layer.x, layer.weight, layer.bias, offsets=offsets, delta_index=index, backend=backend, **layer.deltas
-    )
+        layer.x, layer.weight, layer.bias,
+        offsets=here(offsets), delta_index=here(index), backend=backend, **layer.deltas,
+    )  # fmt: skip
 
 
 def linear_layer(form: str, x: tuple[int, ...] = (9, 17), outputs: int = 5, **options: object) -> Layer:
@@ -118,7 +120,8 @@ def test_factors_are_not_erased_in_low_precision(backend: str) -> None:
     """A delta of less than half a step of the weight, which merging would round away."""
     x, weight = torch.ones(20, 4).bfloat16(), torch.tensor([[256.0, -256.0, 256.0, -256.0]]).bfloat16()
     up, down = torch.full((1, 1, 1), 0.125).bfloat16(), torch.ones(1, 1, 4).bfloat16()
-    result = ops.delta_linear(x, weight, offsets=torch.tensor([0, 20]), up=up, down=down, backend=backend)
+    tensors = {"x": x, "weight": weight, "offsets": torch.tensor([0, 20]), "up": up, "down": down}
+    result = ops.delta_linear(**{name: tensor.to(DEVICE) for name, tensor in tensors.items()}, backend=backend)
     assert (result == 0.5).all()
 
 
@@ -131,8 +134,8 @@ def test_float64_is_computed_in_float64_by_the_reference() -> None:
             single.x,
             single.weight,
             single.bias,
-            offsets=OFFSETS,
-            delta_index=INDEX,
+            offsets=here(OFFSETS),
+            delta_index=here(INDEX),
             dtype=torch.float64,
             **single.deltas,
         )
@@ -169,8 +172,7 @@ assert [tf32_allowed(matmul), tf32_allowed(conv)] == [True, False]
 
 
 def test_explain() -> None:
-    layer = linear_layer("rank 3")
-    text = _backends.explain("delta_linear", layer.x, layer.weight, offsets=OFFSETS, delta_index=INDEX, **layer.deltas)
+    text = _backends.explain("delta_linear", **VALID)
     assert text.startswith("delta_linear on cpu: reference\n")
 
 
@@ -222,7 +224,7 @@ def test_invalid_arguments(change: dict[str, object], error: type[Exception], me
 def test_opcheck(form: str, offsets: Tensor | None) -> None:
     layer = linear_layer(form, (9, 2, 6))
     deltas = [layer.deltas.get(name) for name in ("delta", "up", "down", "bias_delta")]
-    arguments = (layer.x, layer.weight, layer.bias, offsets, *deltas, INDEX, "reference")
+    arguments = (layer.x, layer.weight, layer.bias, here(offsets), *deltas, here(INDEX), "reference")
     torch.library.opcheck(torch.ops.guda_fast.delta_linear.default, arguments)
 
 
@@ -231,6 +233,15 @@ def test_compiles_into_one_graph() -> None:
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def double(x: Tensor) -> Tensor:
-        return 2 * ops.delta_linear(x, layer.weight, layer.bias, offsets=OFFSETS, delta_index=INDEX, **layer.deltas)
+        return 2 * run(replace(layer, x=x), OFFSETS, INDEX)
 
     torch.testing.assert_close(double(layer.x), 2 * run(layer, OFFSETS, INDEX), rtol=0, atol=0)
+
+
+def test_eager_calls_bypass_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*arguments: object) -> None:
+        raise AssertionError("the registered op ran")
+
+    # The function of the same name hides the module.
+    monkeypatch.setattr(sys.modules["guda_fast.ops.delta_linear"], "_NODE", never)
+    run(linear_layer("rank 3"), OFFSETS, INDEX)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from delta_cases import BACKENDS, INDEX, random_layer
+from delta_cases import BACKENDS, DEVICE, INDEX, OFFSETS, random_layer
 from guda_fast import ops
 
 if "triton" not in BACKENDS:
@@ -24,14 +24,34 @@ def test_segments_across_tiles(form: str) -> None:
     from guda_fast.kernels.triton.delta_conv2d import Config
     from guda_fast.kernels.triton.delta_linear import delta_linear
 
-    offsets = torch.tensor([0, 15, 15, 31, 48, 48, 81])
+    offsets, index = torch.tensor([0, 15, 15, 31, 48, 48, 81]).to(DEVICE), INDEX.to(DEVICE)
     layer = random_layer((81, 20), (33, 20), form, F.linear)
     for rows in (offsets, None):
-        out = torch.full((81, 33) if rows is not None else (6, 81, 33), torch.nan)
+        out = torch.full((81, 33) if rows is not None else (6, 81, 33), torch.nan, device=DEVICE)
         delta, up, down, bias_delta = (layer.deltas.get(name) for name in ("delta", "up", "down", "bias_delta"))
-        arguments = (layer.x, layer.weight, layer.bias, rows, delta, up, down, bias_delta, INDEX)
+        arguments = (layer.x, layer.weight, layer.bias, rows, delta, up, down, bias_delta, index)
         delta_linear(out, *arguments, models=6, config=Config(16, 16, 4, 1))
         layer.check(out, rows, INDEX)
+
+
+@pytest.mark.parametrize("form", ["dense", "rank 3", "bias"])
+def test_the_launch_reads_no_value(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offsets and indices stay on their device: reading one would synchronise, and break the capture of a graph."""
+    from guda_fast.kernels.triton.delta_linear import delta_linear
+
+    layer = random_layer((9, 5), (4, 5), form, F.linear)
+    offsets, index = OFFSETS.to(DEVICE), INDEX.to(DEVICE)
+    out = layer.x.new_full((9, 4), torch.nan)
+
+    def read(*arguments: object) -> None:
+        raise AssertionError("a value was read")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__index__"):
+            patch.setattr(torch.Tensor, name, read)
+        deltas = (layer.deltas.get(name) for name in ("delta", "up", "down", "bias_delta"))
+        delta_linear(out, layer.x, layer.weight, layer.bias, offsets, *deltas, index, models=6)
+    layer.check(out, offsets, index)
 
 
 @pytest.mark.parametrize("form", ["dense", "rank 3"])
@@ -43,7 +63,7 @@ def test_offsets_beyond_32_bits(form: str) -> None:
     def apart(tensor: torch.Tensor, place: int) -> torch.Tensor:
         return far[place:].as_strided(tensor.shape, (2**31, *tensor.stride()[1:])).copy_(tensor)
 
-    offsets, index = torch.tensor([0, 1, 2]), torch.tensor([1, 0])
+    offsets, index = torch.tensor([0, 1, 2]).to(DEVICE), torch.tensor([1, 0]).to(DEVICE)
     deltas = {name: tensor[:2] for name, tensor in layer.deltas.items()}
     spread = {name: apart(tensor, 32 * n + 64) for n, (name, tensor) in enumerate(deltas.items())}
     arguments = {"offsets": offsets, "delta_index": index, "backend": "triton"}
