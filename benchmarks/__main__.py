@@ -1,4 +1,4 @@
-"""``python -m benchmarks run|verify|plot|summary``: measure, check what is committed, and draw it."""
+"""``python -m benchmarks run|verify|plot|tune``: measure, check what is committed, draw it, tune kernels."""
 
 from __future__ import annotations
 
@@ -99,6 +99,17 @@ def summary(folder: Annotated[Path, typer.Argument(help="What benchmarks/gpu.sh 
     from benchmarks.summary import page
 
     typer.echo(page(folder))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def tune(context: typer.Context) -> None:
+    """Measure launch configurations on the GPU at hand; `tune --help` has its arguments."""
+    # Imported here: it defines kernels, which settles whether Triton's interpreter runs them.
+    from benchmarks.tune import tune as tune_op
+
+    command = typer.Typer(add_completion=False)
+    command.command()(tune_op)
+    command(context.args, prog_name="python -m benchmarks tune")
 
 
 def _chosen(name: str) -> list[Benchmark]:

@@ -161,6 +161,14 @@ def test_command_line_refuses(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["run", "noise_ops_cpu", "--device", "tpu"]).exit_code == 2
 
 
+def test_tune_has_its_own_arguments() -> None:
+    pytest.importorskip("triton")
+    result = CliRunner().invoke(app, ["tune", "nothing"])
+    assert result.exit_code == 2
+    assert "must be one of add_noise" in result.output
+    assert "--sizes" in CliRunner().invoke(app, ["tune", "--help"]).output
+
+
 def test_run_says_what_it_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is named and cannot run is a failure; among all it is left out."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
