@@ -180,6 +180,7 @@ def _run_cpp(request: _Request) -> Tensor:
     assert to is not None and at is not None, "_cpp_supports was asked"
     rows, channels = x.shape[:2]
     weight, bias, index, *per_row = _readable(vectors, torch.float32)
+    addend, scale, shift = map(_pointer_and_stride, per_row)
     models = min((v.shape[0] for v in (weight, bias) if v is not None and v.dim() == 2), default=rows)
     _C.group_norm_silu(
         out.data_ptr(),
@@ -195,7 +196,9 @@ def _run_cpp(request: _Request) -> Tensor:
         0 if bias is None else bias.data_ptr(),
         models,
         0 if index is None or (weight is None and bias is None) else index.data_ptr(),
-        *(value for vector in per_row for value in _pointer_and_stride(vector)),
+        *addend,
+        *scale,
+        *shift,
         eps,
         silu,
         torch.get_num_threads(),
