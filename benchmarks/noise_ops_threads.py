@@ -19,12 +19,7 @@ THREADS = (1, 2)
 
 def _contender(sets: Sequence[Inputs], op: str, instruction_set: str, threads: int) -> Contender:
     call = fused_add_noise if op == "add_noise" else fused_error
-
-    def run(number: int) -> object:
-        torch.set_num_threads(threads)
-        return call(sets, instruction_set, number)
-
-    return Contender("cpp", instruction_set, run, threads)
+    return Contender("cpp", instruction_set, partial(call, sets, instruction_set), threads)
 
 
 def _case(op: str, instruction_set: str, dtype: torch.dtype, quick: bool) -> Case:

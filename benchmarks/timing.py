@@ -53,6 +53,13 @@ def cuda_stopwatch(call: Callable[[], object]) -> Callable[[], float]:
     return seconds
 
 
+def _wake(contender: Contender, number: int) -> None:
+    """Give a contender its own number of threads, awake, as they are in a program that uses them all the time."""
+    if contender.threads is not None:
+        torch.set_num_threads(contender.threads)
+        contender.call(number)
+
+
 def measure(
     contenders: Sequence[Contender],
     input_sets: int,
@@ -73,5 +80,6 @@ def measure(
         for own, contender in zip(readings, contenders, strict=True):
             turn += 1
             number = turn % input_sets
+            _wake(contender, (turn - 1) % input_sets)
             own.append(stopwatch(lambda contender=contender, number=number: contender.call(number)))  # type: ignore[misc]
     return [Timing([seconds() for seconds in own]) for own in readings]
