@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,12 +14,6 @@ from benchmarks.registry import Benchmark, Case, Contender
 from guda_fast import _C
 
 ELEMENTS = 4 * 2**20
-THREADS = (1, 2)
-
-
-def _contender(sets: Sequence[Inputs], op: str, instruction_set: str, threads: int) -> Contender:
-    call = fused_add_noise if op == "add_noise" else fused_error
-    return Contender("cpp", instruction_set, partial(call, sets, instruction_set), threads)
 
 
 def _case(op: str, instruction_set: str, dtype: torch.dtype, quick: bool) -> Case:
@@ -30,9 +24,10 @@ def _case(op: str, instruction_set: str, dtype: torch.dtype, quick: bool) -> Cas
     moved = elements * (8 if op == "add_noise" else 4 + dtype.itemsize)
     number = rotating_sets(moved, quick)
     sets = [Inputs.random(rows, shape, dtype, False) for _ in range(number)]
-    one, *more = (_contender(sets, op, instruction_set, threads) for threads in THREADS)
+    call = fused_add_noise if op == "add_noise" else fused_error
+    one, two = (Contender("cpp", instruction_set, partial(call, sets, instruction_set), n) for n in (1, 2))
     shapes = f"R={rows} S={'x'.join(map(str, shape))}"
-    return Case(op, shapes, dtype_name(dtype), moved, number, rival=one, contenders=more)
+    return Case(op, shapes, dtype_name(dtype), moved, number, rival=one, contenders=[two])
 
 
 def _cases(quick: bool) -> list[Callable[[], Case]]:
