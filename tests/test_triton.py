@@ -64,6 +64,20 @@ def test_add_noise_has_the_bits_of_cpp(make_rows: MakeRows, shape: tuple[int, ..
     assert (out.cpu().double() - exact).abs().max() <= 4e-6 + 2.1 * UNIT * (exact.abs().max() + 6)
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [(0, 0, 0, 0, 0), (2**64 - 3, -(2**63), 65535, 65535, 2**32 - 64), (2**33 + 1, 2**62 + 12345, 999, 7, 2**31 - 32)],
+)
+def test_words_have_the_bits_of_the_reference(draw: tuple[int, int, int, int, int]) -> None:
+    from triton_words import BLOCKS, words
+
+    seed, query_id, timestep, sample, first = draw
+    counters = (torch.tensor([value]) for value in (query_id, timestep, sample))
+    expected = reference.noise_words(*counters, seed=seed, first_block=first, blocks=BLOCKS)
+    found = words(seed - 2**64 if seed >= 2**63 else seed, query_id, timestep, sample, first, DEVICE)
+    assert torch.equal(found, expected.flatten())
+
+
 @pytest.mark.parametrize("words", [[0, 0], [2**32 - 1, 2**32 - 1], [2**31, 2**29], [2**30, 2**30], [511, 512]])
 def test_normals_at_extreme_uniforms_are_within_the_contract(words: list[int]) -> None:
     import triton

@@ -64,11 +64,24 @@ GUDA_FAST_INLINE VecF exp_minus(VecF a) {
   return scale_by_power(1.0f - (r - r2 * q), n);
 }
 
+// The same for a result that is rounded to bfloat16, half of whose spacing is 2^-9: relative error under
+// 1e-5, 2.8e-6 of it the polynomial's and the rest from the rounded product.
+GUDA_FAST_INLINE VecF exp_minus_short(VecF a) {
+  const VecF t = a * -1.44269504088896341f;
+  const VecF n = nearest(t);
+  const VecF f = t - n;
+  const VecF f2 = f * f;
+  const VecF p = (f * 0.6931242f + 1.0f) + f2 * ((f * 0.055906426f + 0.24024099f) + f2 * 0.009582853f);
+  return scale_by_power(p, n);
+}
+
 // y / (1 + e^-y). Below -87 the value at -87, which is -1e-36, stands for all: the limit is zero.
+template <Dtype dtype>
 GUDA_FAST_INLINE VecF silu(VecF y) {
   const VecF limit = VecF{} + 87.0f;
   const VecF bounded = max(-limit, y);
-  return bounded / (1.0f + exp_minus(min(bounded, limit)));
+  const VecF a = min(bounded, limit);
+  return bounded / (1.0f + (dtype == Dtype::float32 ? exp_minus(a) : exp_minus_short(a)));
 }
 
 // Sum by halving, whose rounding grows with the logarithm of the count alone.
@@ -151,7 +164,7 @@ GUDA_FAST_INLINE void write_normalized(typename Activation<dtype>::Type* out, st
   const VecF from = load<VecF>(center), by = load<VecF>(factor), plus = load<VecF>(offset);
   VecF y[count];
   for (int i = 0; i < count; ++i) y[i] = (Activation<dtype>::read(x + i * x_stride) - from) * by + plus;
-  for (int i = 0; i < count; ++i) y[i] = activate ? silu(y[i]) : y[i];
+  for (int i = 0; i < count; ++i) y[i] = activate ? silu<dtype>(y[i]) : y[i];
   for (int i = 0; i < count; ++i) Activation<dtype>::write(out + i * out_stride, y[i]);
 }
 
