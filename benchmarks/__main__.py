@@ -32,6 +32,8 @@ def run(
         raise typer.BadParameter("--quick needs --out: it would replace measurements")
     if device not in (None, "cpu", "cuda"):
         raise typer.BadParameter(f"--device must be cpu or cuda, got {device}")
+    if out is not None and out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"--out must be a folder, got the file {out}")
     settings = runner.Settings(threads, repetitions, quick, device)
     failed = False
     for benchmark in _chosen(name):
@@ -73,7 +75,7 @@ def verify(name: Name) -> None:
         for problem in problems:
             typer.echo(f"{path.name}: {problem}", err=True)
         green = runner.tests_pass(benchmark)
-        typer.echo(f"{benchmark.name}: tests {'pass' if green else 'fail'}, rows have {len(problems)} problems")
+        typer.echo(f"{benchmark.name}: tests {'pass' if green else 'fail'}, problems of the rows: {len(problems)}")
         failed |= not green or bool(problems)
     if failed:
         raise typer.Exit(1)
@@ -84,13 +86,21 @@ def plot(name: Name, out: Annotated[Path, typer.Option(help="The folder of NAME.
     """Draw the committed rows: how fast against the rival, and the bandwidth reached."""
     from benchmarks.plots import draw
 
+    failed = False
     for benchmark in _chosen(name):
         path = runner.RESULTS / f"{benchmark.name}.csv"
         if not path.exists():
             typer.echo(f"{benchmark.name}: no rows yet")
             continue
+        problems = results.problems(path)
+        if problems:
+            typer.echo(f"{path.name}: not drawn: {problems[0]}", err=True)
+            failed = True
+            continue
         target = draw(benchmark.name, runner.read_csv(path), out)
         typer.echo(f"wrote {target}")
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -98,6 +108,8 @@ def summary(folder: Annotated[Path, typer.Argument(help="What benchmarks/gpu.sh 
     """One page about a run on a GPU: ceilings, ops, and which targets were met."""
     from benchmarks.summary import page
 
+    if not folder.is_dir():
+        raise typer.BadParameter(f"must be a folder, got {folder}")
     typer.echo(page(folder))
 
 

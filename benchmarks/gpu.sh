@@ -5,9 +5,9 @@
 #     benchmarks/gpu.sh [--dry-run] [STEP...]     # steps: build tests sanitizer ceilings noise group_norm delta
 #
 # --dry-run      no GPU and no build: the installed guda_fast, small shapes, Triton's interpreter
-# OUT            where the results go; default build/gpu
+# OUT            where the results go; default build/gpu, or build/gpu-dry. Only what the steps make again is replaced
 # PYTHON         one that has torch with CUDA, triton, pybind11, scikit-build-core, cmake, ninja and what guda_fast
-#                imports (numpy, pillow, safetensors, tqdm, typer); default python3
+#                imports (numpy, pillow, safetensors, tqdm, typer); default .venv/bin/python, or python3 without it
 # GUDA_FAST_COMMIT   the commit for the rows, where the tree has no git
 # What needs pytest, hypothesis, diffusers or compute-sanitizer is left out, and named, where that is not installed.
 # Measuring needs the step tests to have passed, in this call or in an earlier one since the build.
@@ -25,7 +25,8 @@ steps=()
 while (($#)); do
   case "$1" in
     --dry-run) dry_run=1 ;;
-    --one) one="$2" && shift ;; # how this script calls itself for each step, under a time limit
+    -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0" && exit ;;
+    --one) one="${2:?--one needs a step}" && shift ;; # how this script calls itself for each step, under a time limit
     *)
       [[ " ${all_steps[*]} " == *" $1 "* ]] || { echo "gpu.sh: steps are ${all_steps[*]}, got $1" >&2 && exit 2; }
       steps+=("$1")
@@ -35,21 +36,26 @@ while (($#)); do
 done
 ((${#steps[@]})) || steps=("${all_steps[@]}")
 
-export OUT="${OUT:-$PWD/build/gpu}"
+python="${PYTHON:-}"
+[[ -n "$python" || ! -x .venv/bin/python ]] || python="$PWD/.venv/bin/python"
+export PYTHON="${python:-python3}"
+python="$PYTHON"
 work="$PWD/build/gpu-work"
-python="${PYTHON:-python3}"
 if ((dry_run)); then
-  export TRITON_INTERPRET=1
+  export OUT="${OUT:-$PWD/build/gpu-dry}" TRITON_INTERPRET=1
+  work="$PWD/build/gpu-dry-work"
 elif [[ -x "$work/venv/bin/python" ]]; then
   python="$work/venv/bin/python"
 fi
+
+export OUT="${OUT:-$PWD/build/gpu}"
 
 has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
 # A virtual environment of a virtual environment does not see the latter's packages: a .pth file names them.
 build() {
   if ((dry_run)); then echo "left out: a dry run uses what is installed" && return; fi
-  local base="${PYTHON:-python3}" own capability
+  local base="$PYTHON" own capability
   rm -rf "$work/venv" "$work"/green-*
   "$base" -m venv --without-pip "$work/venv" || return
   own=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') || return
@@ -118,8 +124,12 @@ if [[ -n "$one" ]]; then
   exit
 fi
 
+has torch && has typer || { echo "gpu.sh: $python must have torch and typer (PYTHON names another)" >&2 && exit 2; }
 mkdir -p "$OUT" "$work"
-rm -f "$OUT"/{steps.tsv,log.txt,summary.md,*.csv,*.partial}
+rm -f "$OUT"/{steps.tsv,log.txt,summary.md}
+for name in "${steps[@]}"; do
+  [[ -z "${measured[$name]:-}" ]] || rm -f "$OUT/${measured[$name]}".{csv,partial}
+done
 failed=0 again=(--one)
 ((dry_run)) && again=(--dry-run --one)
 for name in "${steps[@]}"; do

@@ -60,9 +60,7 @@ def _group_norm(dtype: torch.dtype, channels_last: bool) -> Iterator[tuple[str, 
         weight, bias, addend, index = _moved(vectors, device)
         return group_norm_silu(x.to(device), 4, weight, bias, addend=addend, model_index=index, backend=backend)
 
-    # Kernels take channels-last alone.
-    if channels_last:
-        yield "group_norm_silu", run
+    yield "group_norm_silu", run
 
 
 def _deltas(dtype: torch.dtype, channels_last: bool) -> Iterator[tuple[str, Run]]:
@@ -93,6 +91,8 @@ def main() -> int:
             for make in (_noise, _group_norm, _deltas):
                 for op, run in make(dtype, channels_last):
                     for backend in available_kernels(op, DEVICE):
+                        if (op, backend, channels_last) == ("group_norm_silu", "cpp", False):
+                            continue  # cpp takes channels-last alone
                         expected = run("cpu", "reference").double()
                         error = (run(DEVICE, backend).cpu().double() - expected).abs().max() / expected.abs().max()
                         wrong = not bool(error <= bound)

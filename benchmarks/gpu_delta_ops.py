@@ -77,6 +77,10 @@ class Layer:
         return x.to(memory_format=torch.channels_last) if self.is_convolution else x, weight, options
 
 
+def _branch(hidden: Tensor, up: Tensor) -> Tensor:
+    return F.conv2d(hidden, up[:, :, None, None]) if hidden.dim() == 4 else F.linear(hidden, up)
+
+
 def _case(layer: Layer, quick: bool) -> Case:
     moved = DTYPE.itemsize * (layer.total * torch.Size(layer.x).numel() + layer.weights + layer.results)
     number = rotating_sets(moved, quick, default_device())
@@ -91,13 +95,22 @@ def _case(layer: Layer, quick: bool) -> Case:
         x, weight, options = sets[number]
         return fused(x, weight, **options, backend=backend)
 
+    def loop(number: int) -> Tensor:
+        """As by hand, where the host knows which rows are whose: nothing waits for the device."""
+        x, weight, options = sets[number]
+        parts = x.split(layer.rows) if layer.rows else [x] * layer.models
+        if layer.rank is None:
+            return torch.cat([plain(part, weight + delta) for part, delta in zip(parts, options["delta"], strict=True)])
+        pairs = zip(parts, options["up"], options["down"], strict=True)
+        return torch.cat([plain(part, weight) + _branch(plain(part, down), up) for part, up, down in pairs])
+
     return Case(
         op=name,
         shapes=str(layer),
         dtype=dtype_name(DTYPE),
         bytes=moved,
         input_sets=number,
-        rival=Contender("reference", architecture(), partial(run, "reference")),
+        rival=Contender("eager loop", architecture(), loop),
         contenders=[
             # What no delta op can beat where each model has its own rows.
             Contender("base alone", architecture(), lambda number: plain(*sets[number][:2])),

@@ -17,13 +17,14 @@ OURS = ("triton", "cuda")
 
 def page(folder: Path) -> str:
     """From the CSV files of the folder, finished or partial, and steps.tsv."""
-    lines = ["# GPU run", ""]
+    results = {path.stem: read_csv(path) for path in sorted([*folder.glob("*.partial"), *folder.glob("*.csv")])}
+    results = {name: rows for name, rows in results.items() if rows}
+    dry = any("--quick" in row["command"] for rows in results.values() for row in rows)
+    lines = ["# Dry run: its figures measure nothing" if dry else "# GPU run", ""]
     steps = folder / "steps.tsv"
     if steps.is_file():
         lines += ["| step | outcome | seconds |", "| --- | --- | ---: |"]
         lines += [f"| {' | '.join(line.split(chr(9)))} |" for line in steps.read_text().splitlines()]
-    results = {path.stem: read_csv(path) for path in sorted([*folder.glob("*.partial"), *folder.glob("*.csv")])}
-    results = {name: rows for name, rows in results.items() if rows}
     if not results:
         return "\n".join([*lines, "", "Nothing was measured."])
     first = next(iter(results.values()))[0]

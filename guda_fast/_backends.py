@@ -105,8 +105,14 @@ class Op(Generic[RequestT, ResultT]):
             reasons.append(f"{backend.name}: {reason}")
         if choice.name == "auto":
             raise BackendUnavailableError(f"{self.name}: no backend can run this call: {'; '.join(reasons)}")
-        reason = reasons[0] if reasons else f"{choice.name}: it does not serve {request.device.type} tensors"
+        reason = reasons[0] if reasons else self._absence(choice.name, request.device)
         raise BackendUnavailableError(f"{self.name}: backend asked by {choice.asked_by} cannot run: {reason}")
+
+    def _absence(self, backend: str, device: torch.device) -> str:
+        """Why a backend is not in a device's table."""
+        if any(backend == entry.name for table in self.backends.values() for entry in table):
+            return f"{backend}: it does not serve {device.type} tensors"
+        return f"{backend}: {self.name} has no such backend"
 
     def explain(self, request: RequestT, choice: Choice) -> str:
         """The decision as text: the first line is what runs, then one line a backend in order."""
@@ -120,6 +126,8 @@ class Op(Generic[RequestT, ResultT]):
             because = f"asked by {choice.asked_by}"
         outcome = chosen or f"none ({choice.name} {because} raises BackendUnavailableError)"
         lines = [f"{self.name} on {request.device.type}: {outcome}"]
+        if choice.name not in ("auto", *reasons):
+            lines.append(f"  {self._absence(choice.name, request.device)}")
         width = max(len(name) for name in reasons)
         for backend in table:
             reason = reasons[backend.name]
@@ -187,11 +195,23 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
 def availability() -> list[Availability]:
     """Every op's backends by device type in order, with the reason where this machine cannot run one."""
     return [
-        Availability(op.name, device, backend.name, reason := backend.available(), "" if reason else backend.detail())
+        Availability(
+            op.name, device, backend.name, reason := _reason(backend, device), "" if reason else backend.detail()
+        )
         for op in _OPS.values()
         for device, table in op.backends.items()
         for backend in table
     ]
+
+
+def _reason(backend: Backend[Any, Any], device: str) -> str | None:
+    """Why this machine cannot run a backend on tensors of a device, whatever the call, or None."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    reason = backend.available()
+    if reason is None and backend.name == "triton":
+        return triton_device_reason(torch.device(device))
+    return reason
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -75,16 +75,18 @@ def check_index_range(where: str, name: str, value: torch.Tensor, high: int, low
 
 
 def check_output(
-    where: str, name: str, value: object, *, shape: Sequence[int], like: torch.Tensor, like_name: str
+    where: str, name: str, value: object, *, shape: Sequence[int], inputs: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Check an output tensor: shape, the dtype and device of the input ``like``, and no shared memory."""
+    """Check an output tensor: shape, the first input's dtype and device, and no memory shared with any input."""
+    like = next(iter(inputs.values()))
     tensor = check_tensor(where, name, value, shape=shape, dtypes=(like.dtype,), device=like.device)
     if _overlaps_itself(tensor):
         raise ValueError(f"{where}: {name} must not overlap itself, got strides {tensor.stride()}")
     first, last = _byte_range(tensor)
-    like_first, like_last = _byte_range(like)
-    if tensor.numel() and like.numel() and first < like_last and like_first < last:
-        raise ValueError(f"{where}: {name} must not share memory with {like_name}, got overlapping addresses")
+    for other, source in inputs.items():
+        source_first, source_last = _byte_range(source)
+        if tensor.numel() and source.numel() and first < source_last and source_first < last:
+            raise ValueError(f"{where}: {name} must not share memory with {other}, got overlapping addresses")
     return tensor
 
 

@@ -276,3 +276,11 @@ def test_out_must_not_be_the_query(make_rows: MakeRows) -> None:
     with pytest.raises(ValueError, match="out must not share memory with x0"):
         ops.add_noise(*rows, seed=0, out=rows[0])
     assert torch.equal(rows[0], before)
+
+
+def test_out_shares_no_memory_with_a_vector(make_rows: MakeRows) -> None:
+    x0, *vectors = make_rows(3, (4,))
+    memory = torch.ones(12)
+    vectors[5] = memory[:3]
+    with pytest.raises(ValueError, match="add_noise: out must not share memory with eps_scale, got overlapping"):
+        ops.add_noise(x0, *vectors, seed=0, out=memory.view(3, 4))

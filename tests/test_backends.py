@@ -174,6 +174,22 @@ def test_a_missing_extension_is_found_missing(monkeypatch: pytest.MonkeyPatch) -
     assert _backends.native.__wrapped__() is None
 
 
+def test_a_backend_that_an_op_lacks_is_said_so() -> None:
+    op = make_op()
+    with pytest.raises(BackendUnavailableError, match="asked by backend= cannot run: cuda: toy has no such backend"):
+        op.run(Request(), "cuda")
+    text = op.explain(Request(), _backends.Choice("cuda", "use_backend"))
+    assert "\n  cuda: toy has no such backend\n" in text
+
+
+def test_availability_knows_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    reasons = {(line.op, line.device, line.backend): line.reason for line in _backends.availability()}
+    assert reasons["add_noise", "cuda", "reference"] == "PyTorch finds no CUDA device"
+    assert "triton" in str(reasons["add_noise", "cpu", "triton"])
+
+
 def test_use_instruction_set_restores() -> None:
     native = _backends.native()
     if native is None:

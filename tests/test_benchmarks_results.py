@@ -41,6 +41,12 @@ def row(**change: str) -> dict[str, object]:
     return {**values, **change}
 
 
+def rival(**change: str) -> dict[str, object]:
+    """The row of what `row` is compared with."""
+    own = {"backend": "eager", "median_ms": "6.0", "p20_ms": "5.0", "p80_ms": "7.0"}
+    return row(**(own | {"ratio": "1.0", "gb_per_s": "1.333"} | change))
+
+
 @pytest.mark.parametrize("name", sorted(benchmarks()))
 def test_committed_results(name: str) -> None:
     """What measures the CPU has rows; what measures a GPU may wait for one; all rows are complete and consistent."""
@@ -80,14 +86,17 @@ def test_committed_noise_ops_scale_to_two_threads() -> None:
         ({"ratio": "fast"}, "row 2: a figure is no number"),
         ({"p80_ms": "1.9"}, "row 2: percentiles must rise from above 0, got 1.5, 2.0, 1.9"),
         ({"ratio": "3.2"}, "row 2: ratio must be rival_median_ms / median_ms = 3.000, got 3.2"),
+        ({"ratio": "nan"}, "row 2: a figure is not finite"),
+        ({"bytes": ""}, "row 2: a figure is no number"),
+        ({"rival_median_ms": "6.01"}, "row 2: rival_median_ms must be the median_ms of a row of this case, got 6.01"),
         ({"gb_per_s": "5"}, "row 2: gb_per_s must be bytes / median_ms = 4.000, got 5.0"),
     ],
 )
 def test_problems_of_a_row(tmp_path: Path, change: dict[str, str], problem: str) -> None:
     path = tmp_path / "x.csv"
-    runner.write_csv(path, [row()])
+    runner.write_csv(path, [row(), rival()])
     assert results.problems(path) == []
-    runner.write_csv(path, [row(**change)])
+    runner.write_csv(path, [row(**change), rival()])
     (found,) = results.problems(path)
     assert found.startswith(problem)
 
@@ -99,6 +108,24 @@ def test_problems_of_a_file(tmp_path: Path) -> None:
     assert results.problems(path) == ["it has no rows"]
     path.write_text("op,backend\na,b\n")
     assert "missing: ['bytes'," in results.problems(path)[0]
+    path.write_bytes(b"\xff")
+    assert "it must be UTF-8" in results.problems(path)[0]
+    runner.write_csv(path, [rival(), rival()])
+    (double,) = results.problems(path)
+    assert double.startswith("2 rows are of one contender: denoising_error M=4")
+    text = path.read_text()
+    path.write_text(text[: text.rindex("x,")])
+    assert results.problems(path) == ["row 3: it is cut short"]
+
+
+def test_plot_draws_no_row_that_does_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.__main__.benchmarks", lambda: {"x": Benchmark("x", lambda quick: [])})
+    runner.write_csv(tmp_path / "x.csv", [row(ratio="9")])
+    result = CliRunner().invoke(app, ["plot", "x", "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "x.csv: not drawn: row 2: " in result.output
+    assert not (tmp_path / "x.svg").exists()
 
 
 def test_plot_is_reproducible(tmp_path: Path) -> None:
@@ -159,6 +186,9 @@ def test_command_line_refuses(tmp_path: Path) -> None:
     assert "must be all or one of" in unknown.output
     assert CliRunner().invoke(app, ["run", "noise_ops_cpu", "--quick"]).exit_code == 2
     assert CliRunner().invoke(app, ["run", "noise_ops_cpu", "--device", "tpu"]).exit_code == 2
+    (tmp_path / "file").touch()
+    assert CliRunner().invoke(app, ["run", "noise_ops_cpu", "--out", str(tmp_path / "file")]).exit_code == 2
+    assert CliRunner().invoke(app, ["summary", str(tmp_path / "absent")]).exit_code == 2
 
 
 def test_tune_has_its_own_arguments() -> None:
@@ -191,7 +221,7 @@ def test_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, green: bool, ro
         lambda: {"x": Benchmark("x", lambda quick: []), "g": Benchmark("g", lambda quick: [], device="cuda")},
     )
     if rows:
-        runner.write_csv(tmp_path / "x.csv", [row()])
+        runner.write_csv(tmp_path / "x.csv", [row(), rival()])
     result = CliRunner().invoke(app, ["verify", "all"])
     assert result.exit_code == code
     assert "g: no rows yet" in result.output

@@ -61,25 +61,25 @@ def tile_for(**sizes: int) -> int:
 
 
 def test_the_entry_with_the_nearest_sizes_runs(folder: Path) -> None:
-    table = {"op/32": [entry(1, rows=16, outputs=64), entry(2, rows=1024, outputs=64), entry(3, rows=1024, outputs=1)]}
+    table = {"op/32": [entry(1, rows=16, outputs=64), entry(2, rows=1024, outputs=64), entry(4, rows=1024, outputs=1)]}
     (folder / "default.json").write_text(configs.dump(table))
     assert configs.load(folder / "default.json") == {"op/32": [table["op/32"][number] for number in (0, 2, 1)]}
     assert tile_for(rows=0, outputs=64) == tile_for(rows=16, outputs=64) == 1
     assert tile_for(rows=128, outputs=64) == 1  # three doublings from either: the first
     assert tile_for(rows=129, outputs=64) == 2
     assert tile_for(rows=10**12, outputs=9) == 2
-    assert tile_for(rows=10**12, outputs=8) == 3  # the first of equals, in the order of sizes
+    assert tile_for(rows=10**12, outputs=8) == 4  # the first of equals, in the order of sizes
 
 
 def test_a_device_without_a_table_or_an_entry_takes_the_default(folder: Path) -> None:
     assert configs.device_class(torch.device("cpu")) == "default"
     (folder / "default.json").write_text(configs.dump({"op/32": [entry(1, rows=1)], "op/16": [entry(2, rows=1)]}))
-    (folder / "sm_90.json").write_text(configs.dump({"op/32": [entry(3, rows=1)]}))
+    (folder / "sm_90.json").write_text(configs.dump({"op/32": [entry(4, rows=1)]}))
 
     def tile(op: str, device: str) -> int:
         return configs._nearest(op, Config, device, (("rows", 0),)).tile
 
-    assert [tile("op/32", "sm_80"), tile("op/32", "sm_90"), tile("op/16", "sm_90")] == [1, 3, 2]
+    assert [tile("op/32", "sm_80"), tile("op/32", "sm_90"), tile("op/16", "sm_90")] == [1, 4, 2]
 
 
 GOOD = '{"op/32": [{"sizes": {"rows": 4}, "config": {"tile": 1, "warps": 4}}]}'
@@ -92,9 +92,11 @@ DAMAGED = [
     ('{"op/32": [{"sizes": {}}]}', r"op/32\[0\] must have the keys \['config', 'sizes'\], got \['sizes'\]"),
     (GOOD.replace("4", "6", 1), r"op/32\[0\].sizes.rows must be a power of two, got 6"),
     (GOOD.replace("4", "true", 1), r"op/32\[0\].sizes.rows must be an integer, got True"),
-    (GOOD.replace("1", "0", 1), r"op/32\[0\].config.tile must be positive, got 0"),
+    (GOOD.replace("1", "0", 1), r"op/32\[0\].config.tile must be a power of two, got 0"),
     (GOOD.replace("tile", "tiel"), r"op/32\[0\].config must have the keys .*got \['tiel'"),
     (GOOD.replace("rows", "row"), r"op/32\[0\].sizes must have the keys \['rows'\]"),
+    (GOOD.replace("1", "24", 1), r"op/32\[0\].config.tile must be a power of two, got 24"),
+    (GOOD.replace("{", '{"op/32": [], ', 1), r"default.json: must be JSON, got no key twice, got \['op/32', 'op/32'\]"),
     ("{}", r"default.json: op/32 must have an entry, got none"),
 ]
 

@@ -134,9 +134,10 @@ INVALID = [
     ),
     ({"down": torch.zeros(2, 1, 27)}, ValueError, r"down must have shape \(2, 1, 3, 3, 3\)"),
     ({"offsets": torch.tensor([0, 2, 3])}, ValueError, r"offsets must run from 0 to the 4 rows of x"),
-    ({"stride": 0}, ValueError, r"stride must be at least 1, got 0"),
+    ({"padding": 2**62}, ValueError, r"padding must be between 0 and 32768, got 4611686018427387904"),
+    ({"stride": 0}, ValueError, r"stride must be between 1 and 32768, got 0"),
     ({"padding": "same"}, TypeError, r"padding must be an integer, got 'same'"),
-    ({"padding": (1, -1)}, ValueError, r"padding must be at least 0, got -1"),
+    ({"padding": (1, -1)}, ValueError, r"padding must be between 0 and 32768, got -1"),
     ({"dilation": (1, 1, 1)}, ValueError, r"dilation must be an integer or two, got \(1, 1, 1\)"),
     ({"dilation": 3}, ValueError, r"x must be at least as large as the window with its padding, got float32 tensor"),
 ]

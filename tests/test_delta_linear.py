@@ -209,7 +209,7 @@ INVALID = [
     ({"delta_index": torch.tensor([0, 3])}, ValueError, r"delta_index must be in \[-1, 3\), got 3 at row 1"),
     ({"delta_index": torch.tensor([-2, 0])}, ValueError, r"delta_index must be in \[-1, 3\), got -2 at row 0"),
     ({"delta_index": None}, ValueError, r"offsets must have shape \(4,\)"),
-    ({"backend": "cpp"}, BackendUnavailableError, r"cannot run: cpp: it does not serve cpu tensors"),
+    ({"backend": "cpp"}, BackendUnavailableError, r"cannot run: cpp: delta_linear has no such backend"),
 ]  # fmt: skip
 
 

@@ -133,7 +133,6 @@ def test_outputs_are_as_near_to_float64_as_before(name: str) -> None:
     blocks = [module for module in model.modules() if isinstance(module, ResnetBlock2D | nn.GroupNorm)]
     assert len(blocks) > 12
     assert {type(block) for block in blocks}.isdisjoint({ResnetBlock2D, nn.GroupNorm})
-    assert nn.SiLU in fused_kinds(model)
     after = outputs(model, x)
     error, rival = (float((out.double() - exact).abs().max()) for out in (after[""], before))
     assert error <= 2 * rival
@@ -293,3 +292,48 @@ def test_what_cannot_be_expressed_is_left_alone() -> None:
     for call in (fuse, unfuse):
         with pytest.raises(TypeError, match=rf"{call.__name__}: model must be a torch.nn.Module, got str"):
             call("unet")
+
+
+def test_hooks_on_every_module_see_what_they_saw() -> None:
+    model, calls = MODELS["default"]().to(memory_format=torch.channels_last), []
+    x = make_x(model)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: calls.append(module))
+    try:
+        run(model, x)
+        before = len(calls)
+        run(fuse(model), x)
+    finally:
+        handle.remove()
+    assert len(calls) == 2 * before
+
+
+def test_a_norm_or_an_activation_may_be_replaced() -> None:
+    """No fused module relies on another one being fused."""
+    model, plain = MODELS["default"](), MODELS["default"]()
+    x = make_x(model)
+    fuse(model)
+    for unet in (model, plain):
+        unet.conv_act = nn.Identity()
+        unet.conv_norm_out = nn.GroupNorm(4, unet.conv_norm_out.num_channels)
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(run(model, x), run(plain, x))
+
+
+def test_a_parametrized_module_is_named_not_forgotten() -> None:
+    from torch.nn.utils import parametrize
+
+    model = fuse(MODELS["default"]())
+    parametrize.register_parametrization(model.conv_norm_out, "weight", nn.Identity())
+    assert "conv_norm_out" in fused_blocks(model)
+    with pytest.raises(TypeError, match="unfuse: fused modules must be of the class that fuse gave them, got Param"):
+        unfuse(model)
+    assert len(fused_blocks(model)) > 12
+    parametrize.remove_parametrizations(model.conv_norm_out, "weight")
+    assert fused_blocks(unfuse(model)) == []
+
+
+def test_upsampling_refuses_what_the_original_refuses() -> None:
+    from diffusers.models.upsampling import Upsample2D
+
+    with torch.no_grad(), pytest.raises(AssertionError):
+        fuse(Upsample2D(8, use_conv=False))(torch.randn(1, 4, 2, 2))

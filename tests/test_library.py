@@ -110,3 +110,25 @@ def test_seeds_pass_through_int64(seed: int) -> None:
     bits = _library.seed_to_bits(seed)
     assert -(2**63) <= bits < 2**63
     assert _library.seed_from_bits(bits) == seed
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("record", ["trace", "make_fx"])
+def test_what_is_recorded_computes_again(record: str, make_rows: MakeRows) -> None:
+    """A kernel's writes through pointers are in no record: the registered op is."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x0, *vectors = make_rows(2, (3, 4))
+
+    def noised(x0: Tensor) -> Tensor:
+        return ops.add_noise(x0, *vectors, seed=3) + 0
+
+    recorded = torch.jit.trace(noised, (x0,)) if record == "trace" else make_fx(noised)(x0)
+    assert torch.equal(recorded(x0 + 1), noised(x0 + 1))
+    x = x0[:, :, None, :].to(memory_format=torch.channels_last)
+
+    def normed(x: Tensor) -> Tensor:
+        return ops.group_norm_silu(x, 3) + 0
+
+    recorded = torch.jit.trace(normed, (x,)) if record == "trace" else make_fx(normed)(x)
+    assert torch.equal(recorded(2 * x), normed(2 * x))

@@ -80,24 +80,27 @@ def test_check_output_accepts_what_does_not_overlap() -> None:
         storage[24:48].view(4, 6),
         torch.zeros(1).expand(4, 6)[:0],
     ):
-        assert validate.check_output("f", "out", out, shape=out.shape, like=like, like_name="x0") is out
+        assert validate.check_output("f", "out", out, shape=out.shape, inputs={"x0": like}) is out
 
 
 @pytest.mark.parametrize("strides", [(0, 1), (1, 0), (5, 1), (1, 1), (2, 3)])
 def test_check_output_refuses_overlap_with_itself(strides: tuple[int, int]) -> None:
     out = torch.zeros(100).as_strided((4, 6), strides)
     with pytest.raises(ValueError, match=r"f: out must not overlap itself, got strides"):
-        validate.check_output("f", "out", out, shape=(4, 6), like=torch.zeros(1), like_name="x0")
+        validate.check_output("f", "out", out, shape=(4, 6), inputs={"x0": torch.zeros(1)})
 
 
 def test_check_output_refuses_the_inputs_memory_shape_dtype() -> None:
     storage = torch.zeros(100)
     with pytest.raises(ValueError, match=r"f: out must not share memory with x0"):
-        validate.check_output("f", "out", storage[23:47], shape=(24,), like=storage[:24], like_name="x0")
+        validate.check_output("f", "out", storage[23:47], shape=(24,), inputs={"x0": storage[:24]})
+    with pytest.raises(ValueError, match=r"f: out must not share memory with scale"):
+        inputs = {"x0": torch.zeros(1), "scale": storage[46:48]}
+        validate.check_output("f", "out", storage[23:47], shape=(24,), inputs=inputs)
     with pytest.raises(ValueError, match=r"f: out must have shape \(3,\)"):
-        validate.check_output("f", "out", storage, shape=(3,), like=torch.zeros(1), like_name="x0")
+        validate.check_output("f", "out", storage, shape=(3,), inputs={"x0": torch.zeros(1)})
     with pytest.raises(TypeError, match=r"f: out must be float32, got float64"):
-        validate.check_output("f", "out", torch.zeros(3).double(), shape=(3,), like=storage, like_name="x0")
+        validate.check_output("f", "out", torch.zeros(3).double(), shape=(3,), inputs={"x0": storage})
 
 
 def test_check_int() -> None:

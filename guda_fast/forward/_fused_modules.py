@@ -27,27 +27,13 @@ class FusedGroupNorm(nn.GroupNorm):
         return _norm(self, input, silu=False)
 
 
-class FusedGroupNormSiLU(nn.GroupNorm):
-    """A group norm that does the work of the SiLU after it, an `AppliedSiLU`."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the original's name)
-        return super().forward(input) if _runs_original(input) else _norm(self, input)
-
-
-class AppliedSiLU(nn.SiLU):
-    """A SiLU that a `FusedGroupNormSiLU` has applied."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the original's name)
-        return super().forward(input) if _runs_original(input) else input
-
-
 class FusedUpsample2D(Upsample2D):
     """An Upsample2D that keeps channels-last for batches of 64 and more too."""
 
     def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         x = hidden_states
         norm: nn.Module | None = self.norm
-        plain = self.interpolate and norm is None and not self.use_conv_transpose
+        plain = self.interpolate and norm is None and not self.use_conv_transpose and x.shape[1] == self.channels
         # diffusers copies for kernels that count in 32 bits, which such outputs do not exceed.
         small = output_size is None and 4 * x.numel() < 2**31
         if args or kwargs or not plain or not small or _runs_original(x):
@@ -80,7 +66,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
     """A ResnetBlock2D whose norms run with what surrounds them."""
 
     def forward(self, input_tensor: Tensor, temb: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or _runs_original(input_tensor) or not self._can_fuse(temb):
+        if args or kwargs or _runs_original(input_tensor) or not self._can_fuse(temb, len(input_tensor)):
             result: Tensor = super().forward(input_tensor, temb, *args, **kwargs)
             return result
         hidden: Tensor = _convolved(self.conv1, self._resampled(_norm(self.norm1, input_tensor)))
@@ -95,8 +81,10 @@ class FusedResnetBlock2D(ResnetBlock2D):
             hidden = hidden / self.output_scale_factor
         return hidden
 
-    def _can_fuse(self, temb: Tensor | None) -> bool:
-        """Nobody watches or replaces the modules that are not called as such."""
+    def _can_fuse(self, temb: Tensor | None, rows: int) -> bool:
+        """Nobody watches or replaces the modules that are not called as such, and the result has the input's rows."""
+        if temb is not None and len(temb) not in (1, rows):
+            return False
         if (temb is None) != (self.time_emb_proj is None) or self.conv1.padding_mode != "zeros":
             return False
         return all(_is_plain(module) for module in (self.norm1, self.nonlinearity, self.conv1, self.norm2))
@@ -125,10 +113,15 @@ _PLAIN = {nn.GroupNorm, FusedGroupNorm, nn.SiLU, nn.Conv2d}
 
 
 def _runs_original(x: Tensor) -> bool:
-    """Where gradients are recorded, and where autocast decides on types, the original's operations run."""
+    """Where gradients are recorded, autocast decides on types or hooks watch every module, the original's code runs."""
     device = x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.is_grad_enabled() or autocast
+    return torch.is_grad_enabled() or autocast or _watches_all()
+
+
+def _watches_all() -> bool:
+    watchers = nn.modules.module
+    return bool(watchers._global_forward_hooks or watchers._global_forward_pre_hooks)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -167,4 +160,3 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     Upsample2D: FusedUpsample2D,
 }
 ORIGINALS = {fused: original for original, fused in FUSED.items()}
-ORIGINALS |= {FusedGroupNormSiLU: nn.GroupNorm, AppliedSiLU: nn.SiLU}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TypeVar
 
 from torch import nn
@@ -14,14 +13,14 @@ def fuse(model: ModelT) -> ModelT:
     """Make a UNet of diffusers run its group norms with what surrounds them, in channels-last throughout.
 
     Residual blocks run norm, time embedding, scale, shift and SiLU as one op, and the first convolution's bias with
-    it; a UNet's last norm takes its SiLU along; other group norms, as in attention, run as the op without SiLU.
+    it; other group norms, as in attention, run as the op without SiLU.
     Upsample2D and Transformer2DModel no longer copy channels-last activations into channels-first.
 
     Modules change their class in place and nothing else: parameters, buffers, hooks and the keys of the state dict
     stay as they are, so that a delta that is written into the parameters is seen. Left alone is what the op cannot
     express (another activation) and every subclass. While gradients are recorded or autocast is on, fused modules
-    run the original's operations; so does a residual block with hooks on the norms and convolutions inside. Hooks on
-    a UNet's `conv_norm_out` see the result of its SiLU. A model that is fused already stays so.
+    run the original's operations; so do all under hooks for every module, and a residual block with hooks on the norms
+    and convolutions inside. A model that is fused already stays so.
 
     model: changed in place; its speed is in channels-last, ``model.to(memory_format=torch.channels_last)``
 
@@ -35,29 +34,11 @@ def fuse(model: ModelT) -> ModelT:
     """
     from guda_fast.forward._fused_modules import FUSED, can_fuse
 
-    modules = _modules("fuse", model)
-    _fuse_last_norms(modules)
-    for module in modules:
+    for module in _modules("fuse", model):
         fused = FUSED.get(type(module))
         if fused is not None and can_fuse(module):
             module.__class__ = fused
     return model
-
-
-def _fuse_last_norms(modules: list[nn.Module]) -> None:
-    """The pairs of a norm and a SiLU that UNets call one after the other."""
-    from diffusers import UNet2DConditionModel, UNet2DModel
-
-    from guda_fast.forward._fused_modules import AppliedSiLU, FusedGroupNormSiLU
-
-    unets: tuple[type, ...] = (UNet2DModel, UNet2DConditionModel)
-    parents = Counter(id(child) for module in modules for child in module._modules.values())
-    for module in modules:
-        if type(module) not in unets:
-            continue
-        norm, activation = module.conv_norm_out, module.conv_act
-        if type(norm) is nn.GroupNorm and type(activation) is nn.SiLU and parents[id(activation)] == 1:
-            norm.__class__, activation.__class__ = FusedGroupNormSiLU, AppliedSiLU
 
 
 def unfuse(model: ModelT) -> ModelT:
@@ -65,14 +46,20 @@ def unfuse(model: ModelT) -> ModelT:
 
     model: changed in place
 
-    Returns model. Raises TypeError where it is no module.
+    Returns model. Raises TypeError, with nothing changed, where it is no module, or where a fused module was made
+    into another class since, as parametrizations do.
     """
     from guda_fast.forward._fused_modules import ORIGINALS
 
-    for module in _modules("unfuse", model):
-        original = ORIGINALS.get(type(module))
-        if original is not None:
-            module.__class__ = original
+    fused = [module for module in _modules("unfuse", model) if isinstance(module, tuple(ORIGINALS))]
+    for module in fused:
+        if type(module) not in ORIGINALS:
+            raise TypeError(
+                f"unfuse: fused modules must be of the class that fuse gave them, got {type(module).__name__}, "
+                "as parametrizations make: remove those first"
+            )
+    for module in fused:
+        module.__class__ = ORIGINALS[type(module)]
     return model
 
 
@@ -81,7 +68,7 @@ def fused_blocks(model: nn.Module) -> list[str]:
     from guda_fast.forward._fused_modules import ORIGINALS
 
     _modules("fused_blocks", model)
-    return [name for name, module in model.named_modules() if type(module) in ORIGINALS]
+    return [name for name, module in model.named_modules() if isinstance(module, tuple(ORIGINALS))]
 
 
 def _modules(where: str, model: object) -> list[nn.Module]:

@@ -51,6 +51,8 @@ def check_shapes(where: str, tensors: Arguments) -> int:
     if index is not None:
         check_tensor(where, "delta_index", index, shape=(None,), dtypes=(torch.int64,), device=weight.device)
         models = index.shape[0]
+    if models == 0 and offsets is not None and tensors.x.shape[0] > 0:
+        raise ValueError(f"{where}: delta_index must have a model for the {tensors.x.shape[0]} rows of x, got none")
     if offsets is not None:
         check_tensor(where, "offsets", offsets, shape=(models + 1,), dtypes=(torch.int64,), device=weight.device)
     return models

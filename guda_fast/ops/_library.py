@@ -1,9 +1,10 @@
 """How an op becomes one node of a `torch.compile` graph: its registration with torch.library.
 
 Eager calls never come here: going through the dispatcher costs some ten microseconds a call, a plain function none.
-Under compilation the public function calls the registered op instead, with the arguments that a schema can carry:
-the seed as the int64 of the same bits, the backend by name. The registered op runs the eager path when the graph
-runs, so validation and the choice of a backend (with `use_backend` and the environment) happen at each run.
+Under compilation, and wherever else operations are recorded, the public function calls the registered op instead, with
+the arguments that a schema can carry: the seed as the int64 of the same bits, the backend by name. The registered op
+runs the eager path when the graph runs, so validation and the choice of a backend (with `use_backend` and the
+environment) happen at each run.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 NAMESPACE = "guda_fast"
 
@@ -28,6 +30,14 @@ def register(
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=mutates)
     op.register_fake(fake)
     return op
+
+
+def is_recorded() -> bool:
+    """Whether operations are recorded now, by torch.compile, a trace or a dispatch mode such as make_fx's.
+
+    Then the registered op must run: what a kernel does to memory that it gets by pointer none of them sees.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
 
 
 def seed_to_bits(seed: int) -> int:

@@ -64,7 +64,7 @@ def add_noise(
         the result, NaN or not [(R,), x0's dtype]
     seed: the protocol's seed [0..2**64-1]
     antithetic: sample 2m+1 is the negative of sample 2m
-    out: where the result goes; may have any strides but neither overlap itself nor x0 [(R, *S), x0's dtype]
+    out: where the result goes; may have any strides but neither overlap itself nor an input [(R, *S), x0's dtype]
     backend: "auto" or a name, see `explain`
 
     Index ranges are checked on the CPU; elsewhere that would synchronise, and they are the caller's duty.
@@ -78,7 +78,7 @@ def add_noise(
     tensor([[2., 2., 2.]])
     """
     rows = (x0, query_index, query_id, timestep, sample, x0_scale, eps_scale)
-    if torch.compiler.is_compiling():
+    if _library.is_recorded():
         return _compiled(*rows, seed, antithetic, out, backend)
     return _OP.run(_request(*rows, seed=seed, antithetic=antithetic, out=out), backend)
 
@@ -98,7 +98,7 @@ def _request(
 ) -> _Request:
     rows = check_rows(_NAME, x0, query_index, query_id, timestep, sample, x0_scale, eps_scale)
     if out is not None:
-        check_output(_NAME, "out", out, shape=(rows.number, *rows.shape), like=x0, like_name="x0")
+        check_output(_NAME, "out", out, shape=(rows.number, *rows.shape), inputs=rows._asdict())
     return _Request(rows, check_seed(_NAME, seed), check_bool(_NAME, "antithetic", antithetic), out)
 
 

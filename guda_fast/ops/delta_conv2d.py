@@ -16,6 +16,7 @@ from guda_fast.ops._deltas import DTYPES, Arguments, Request, backends, check_sh
 from guda_fast.reference.delta_conv2d import Window, empty_output
 
 _NAME = "delta_conv2d"
+_MOST = 2**15  # of a stride, a padding or a dilation: products of two with an image's size stay far from 2**63
 
 
 def delta_conv2d(
@@ -68,7 +69,7 @@ def delta_conv2d(
     tensor([9., 0.])
     """
     tensors = Arguments(x, weight, bias, offsets, delta, up, down, bias_delta, delta_index)
-    if torch.compiler.is_compiling():
+    if _library.is_recorded():
         with torch.no_grad():
             node: Tensor = _NODE(*tensors, *_window(stride, padding, dilation), backend)
             return node
@@ -104,11 +105,11 @@ def _window(stride: object, padding: object, dilation: object) -> Window:
 
 def _pair(name: str, value: object, low: int) -> tuple[int, int]:
     if not isinstance(value, list | tuple):
-        both = check_int(_NAME, name, value, low)
+        both = check_int(_NAME, name, value, low, _MOST)
         return both, both
     if len(value) != 2:
         raise ValueError(f"{_NAME}: {name} must be an integer or two, got {describe(value)}")
-    return check_int(_NAME, name, value[0], low), check_int(_NAME, name, value[1], low)
+    return check_int(_NAME, name, value[0], low, _MOST), check_int(_NAME, name, value[1], low, _MOST)
 
 
 def _empty_output(request: Request) -> Tensor:

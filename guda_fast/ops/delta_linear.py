@@ -63,7 +63,7 @@ def delta_linear(
             [6.]])
     """
     tensors = Arguments(x, weight, bias, offsets, delta, up, down, bias_delta, delta_index)
-    if torch.compiler.is_compiling():
+    if _library.is_recorded():
         with torch.no_grad():
             node: Tensor = _NODE(*tensors, backend)
             return node

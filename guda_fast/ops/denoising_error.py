@@ -101,7 +101,7 @@ def denoising_error(
     tensor([[12.]], dtype=torch.float64)
     """
     tensors = (predictions, x0, query_index, query_id, timestep, sample, x0_scale, eps_scale, weight)
-    if torch.compiler.is_compiling():
+    if _library.is_recorded():
         return _compiled(tensors, seed, antithetic, paired, backend)
     return _OP.run(_request(*tensors, seed=seed, antithetic=antithetic, paired=paired), backend)
 

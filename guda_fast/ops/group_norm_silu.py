@@ -84,7 +84,7 @@ def group_norm_silu(
     tensor([[[-1.,  1.]]])
     """
     vectors = _Vectors(weight, bias, model_index, addend, scale, shift)
-    if torch.compiler.is_compiling():
+    if _library.is_recorded():
         return _compiled(x, groups, vectors, eps, silu, backend)
     return _OP.run(_checked(x, groups, vectors, eps, silu), backend)
 

@@ -82,11 +82,13 @@ def add_noise(
     config = config or configuration("add_noise", Config, x0, elements=elements)
     chunks = triton.cdiv(elements, 4 * config.blocks)
     kernel: Any = _add_noise_kernel
-    kernel[(rows * chunks,)](
-        out, x0, *vectors, seed_bits, elements, chunks, *padded(tuple(shape), 1)[1:],
-        out.stride(0), *padded(out.stride()[1:], 0), x0.stride(0), *padded(x0.stride()[1:], 0),
-        ANTITHETIC=antithetic,
-        OUT_CONTIGUOUS=is_contiguous(shape, out.stride()[1:]),
-        X0_CONTIGUOUS=is_contiguous(shape, x0.stride()[1:]),
-        BLOCKS=config.blocks, num_warps=config.warps, enable_fp_fusion=False,
-    )  # fmt: skip
+    # Triton launches on the current device.
+    with torch.cuda.device_of(x0):
+        kernel[(rows * chunks,)](
+            out, x0, *vectors, seed_bits, elements, chunks, *padded(tuple(shape), 1)[1:],
+            out.stride(0), *padded(out.stride()[1:], 0), x0.stride(0), *padded(x0.stride()[1:], 0),
+            ANTITHETIC=antithetic,
+            OUT_CONTIGUOUS=is_contiguous(shape, out.stride()[1:]),
+            X0_CONTIGUOUS=is_contiguous(shape, x0.stride()[1:]),
+            BLOCKS=config.blocks, num_warps=config.warps, enable_fp_fusion=False,
+        )  # fmt: skip

@@ -120,21 +120,23 @@ def denoising_error(
     parts = torch.empty((models, rows, chunks), dtype=torch.float64, device=errors.device)
     paired_parts = parts if paired is None else torch.empty_like(parts)
     kernel: Any = _denoising_error_kernel
-    kernel[(rows * chunks,)](
-        parts, paired_parts, predictions, x0, *vectors, seed_bits, models, rows, elements, chunks,
-        *padded(tuple(shape), 1)[1:],
-        predictions.stride(0), predictions.stride(1), *padded(predictions.stride()[2:], 0),
-        x0.stride(0), *padded(x0.stride()[1:], 0),
-        ANTITHETIC=antithetic,
-        PAIRED=paired is not None,
-        P_CONTIGUOUS=is_contiguous(shape, predictions.stride()[2:]),
-        X0_CONTIGUOUS=is_contiguous(shape, x0.stride()[1:]),
-        BLOCKS=BLOCKS, num_warps=config.warps, enable_fp_fusion=False,
-    )  # fmt: skip
     totals: Any = _total_kernel
-    for result, from_parts, first in ((errors, parts, 0), (paired, paired_parts, rows)):
-        if result is not None:
-            totals[(triton.cdiv(models * rows, CELLS),)](
-                result, from_parts, weight, first, models * rows, rows, chunks,
-                CELLS=CELLS, num_warps=config.warps, enable_fp_fusion=False,
-            )  # fmt: skip
+    # Triton launches on the current device.
+    with torch.cuda.device_of(x0):
+        kernel[(rows * chunks,)](
+            parts, paired_parts, predictions, x0, *vectors, seed_bits, models, rows, elements, chunks,
+            *padded(tuple(shape), 1)[1:],
+            predictions.stride(0), predictions.stride(1), *padded(predictions.stride()[2:], 0),
+            x0.stride(0), *padded(x0.stride()[1:], 0),
+            ANTITHETIC=antithetic,
+            PAIRED=paired is not None,
+            P_CONTIGUOUS=is_contiguous(shape, predictions.stride()[2:]),
+            X0_CONTIGUOUS=is_contiguous(shape, x0.stride()[1:]),
+            BLOCKS=BLOCKS, num_warps=config.warps, enable_fp_fusion=False,
+        )  # fmt: skip
+        for result, from_parts, first in ((errors, parts, 0), (paired, paired_parts, rows)):
+            if result is not None:
+                totals[(triton.cdiv(models * rows, CELLS),)](
+                    result, from_parts, weight, first, models * rows, rows, chunks,
+                    CELLS=CELLS, num_warps=config.warps, enable_fp_fusion=False,
+                )  # fmt: skip

@@ -88,7 +88,7 @@ def load(path: Path) -> Table:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
     except ValueError as error:
         raise ValueError(f"{path}: must be JSON, got {error}") from error
     return {
@@ -97,14 +97,22 @@ def load(path: Path) -> Table:
     }
 
 
+def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"no key twice, got {[key for key, _ in pairs]}")
+    return found
+
+
 def _entry(content: object, where: str) -> Entry:
     parts = _of(dict, content, where)
     _same_keys(parts, Entry._fields, where)
     for part, values in parts.items():
         for name, value in _of(dict, values, f"{where}.{part}").items():
             number = _of(int, value, f"{where}.{part}.{name}")
-            if number < 1 or (part == "sizes" and number & (number - 1)):
-                wanted = "a power of two" if part == "sizes" else "positive"
+            # Tiles and warps too: of all fields, how many steps are loaded ahead is alone free.
+            if number < 1 or (name != "stages" and number & (number - 1)):
+                wanted = "positive" if name == "stages" else "a power of two"
                 raise ValueError(f"{where}.{part}.{name} must be {wanted}, got {number}")
     return Entry(**parts)
 
