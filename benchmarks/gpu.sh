@@ -13,6 +13,7 @@
 # Measuring needs the step tests to have passed, in this call or in an earlier one since the build.
 # A step that fails or runs out of time ends neither the others nor the summary; the exit status says so.
 set -uo pipefail
+[[ -z "${OUT:-}" || "$OUT" == /* ]] || OUT="$PWD/$OUT"
 cd "$(dirname "$0")/.."
 
 budget=530

@@ -41,7 +41,7 @@ def variant(dtype: str, precision: str, form: str, rows: str, sizes: str, config
         "BLOCK_CHANNELS": STEP_CHANNELS[4 if dtype == "fp32" else 2], "BLOCK_RANK": 64 if form == "rank 128" else 16,
         **dict.fromkeys(absent),
         # Triton makes an argument of 1 a constant.
-        **(dict.fromkeys(ARGUMENTS, 1) if sizes == "ones" else {}),
+        **(dict.fromkeys(ARGUMENTS, 1) if sizes == "ones" else {sizes: 1} if sizes in ARGUMENTS else {}),
     }  # fmt: skip
     types = dict.fromkeys(("out", "x", "weight", "bias", "delta", "up", "down", "bias_delta"), "*" + dtype)
     types |= dict.fromkeys(("offsets", "delta_index"), "*i64")
@@ -56,8 +56,9 @@ def variant(dtype: str, precision: str, form: str, rows: str, sizes: str, config
     return name, ASTSource(kernel, signature, constants, aligned if sizes == "channels-last" else None)
 
 
-def variants() -> Iterator[tuple[str, ASTSource, Config]]:
-    """Every form in every arithmetic, and every committed entry; the rest takes turns."""
+def variants(capability: int) -> Iterator[tuple[str, ASTSource, Config]]:
+    """Every form in every arithmetic, and every committed entry; the rest takes turns. On one target each size alone
+    is 1, in both ways to place rows: what Triton makes of it does not depend on the target."""
     table = configs.load(configs.FOLDER / "default.json")
     turns = zip(itertools.cycle(ROWS), itertools.cycle(SIZES), strict=False)
     for dtype, precision in ARITHMETIC:
@@ -66,10 +67,15 @@ def variants() -> Iterator[tuple[str, ASTSource, Config]]:
             config = Config(**entries[number].config)
             name, source = variant(dtype, precision, form, *next(turns), config)
             yield name, source, config
+    if capability == 90:
+        config = Config(**table["delta_conv2d/32"][0].config)
+        for number, argument in enumerate(ARGUMENTS):
+            rows = ("shared", "segments, delta_index")[number % 2]
+            yield *variant("fp32", "ieee", "rank 16" if number % 2 else "dense", rows, argument, config), config
 
 
 def main(capability: int) -> None:
-    for name, source, config in variants():
+    for name, source, config in variants(capability):
         options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
         binary = triton.compile(source, GPUTarget("cuda", capability, 32), options)
         assert binary.asm["cubin"], name

@@ -183,6 +183,16 @@ def test_what_is_no_number_stays_in_its_cell(make_rows: MakeRows) -> None:
     assert unread[:, 1:].isnan().all()
 
 
+def test_launches_are_made_on_the_tensors_device(make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, device_of = [], torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: entered.append(tensor.device) or device_of(tensor))
+    rows = here(make_rows(2, (5,)))
+    ops.add_noise(*rows, seed=0)
+    assert [device.type for device in entered] == [DEVICE]
+    ops.denoising_error(make_predictions(1, 2, (5,)), *rows, make_weight(2), seed=0)
+    assert [device.type for device in entered] == [DEVICE] * 2
+
+
 @pytest.mark.parametrize(("models", "count", "shape"), [(2, 0, (4,)), (2, 3, (0, 4)), (0, 3, (4,))])
 def test_empty(make_rows: MakeRows, models: int, count: int, shape: tuple[int, ...]) -> None:
     rows = here(make_rows(count, shape))

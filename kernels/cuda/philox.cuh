@@ -1,11 +1,10 @@
 // Philox4x32-10 and Box-Muller for one block of four elements (kernels/NOISE.md).
 //
 // The arithmetic is that of csrc/cpu/philox.h, operation by operation, so that the normals have the same
-// bits. A fused multiply-add would round once where two operations round twice: compile with --fmad=false
-// (and without
-// --use_fast_math, whose square root is approximate and whose subnormal numbers are zero), host code with
-// -ffp-contract=off. As plain C++ this header is what tests compare with the C++ kernels on machines without
-// a GPU.
+// bits. A fused multiply-add would round once where two operations round twice: compile with --fmad=false,
+// host code with -ffp-contract=off; and without --use_fast_math, whose square root is approximate and whose
+// subnormal numbers are zero. As plain C++ this header is what tests compare with the C++ kernels on
+// machines without a GPU.
 #pragma once
 
 #include <cmath>

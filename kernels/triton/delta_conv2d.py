@@ -222,10 +222,6 @@ def delta_conv2d(
     config = config or configuration(
         "delta_conv2d", Config, x, rows=model_rows, outputs=outputs, depth=x.shape[1] * taps
     )
-    if offsets is None:
-        tiles = models * triton.cdiv(rows * pixels, config.rows)
-    else:
-        tiles = rows * pixels // config.rows + models
     rank = 0 if up is None else up.shape[2]
     block_rank = min(MAX_RANK_BLOCK, max(16, triton.next_power_of_2(rank)))
     weight = weight.flatten(2)
@@ -234,6 +230,7 @@ def delta_conv2d(
         None if tensor is None else tensor.contiguous() for tensor in (bias, offsets, up, bias_delta, delta_index)
     )
     with torch.cuda.device_of(x):
+        tiles = _row_tiles(rows * pixels, models, offsets is None, config)
         _delta_conv2d_kernel[(tiles * triton.cdiv(outputs, config.outputs),)](
             out, x, weight, bias, offsets, delta, up, down, bias_delta, delta_index,
             rows, models, x.shape[1], x.shape[2], x.shape[3], outputs, out.shape[3], pixels, rank,
@@ -252,6 +249,11 @@ def delta_conv2d(
             BLOCK_RANK=block_rank,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
+
+
+def _row_tiles(pixels: int, models: int, shared: bool, config: Config) -> int:
+    """From sizes alone: each model may leave one tile partly used."""
+    return models * triton.cdiv(pixels, config.rows) if shared else pixels // config.rows + models
 
 
 def _strides(change: Tensor | None) -> tuple[int, ...]:
