@@ -37,7 +37,10 @@ def is_recorded() -> bool:
 
     Then the registered op must run: what a kernel does to memory that it gets by pointer none of them sees.
     """
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return True
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing
 
 
 def seed_to_bits(seed: int) -> int:
