@@ -3,63 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.contenders import architecture, default_device, dtype_name, inductor, kernels
+from benchmarks.noise_ops import SEED, Inputs, eager_target
 from benchmarks.provenance import rotating_sets
 from benchmarks.registry import Benchmark, Case, Contender
 from guda_fast.ops import add_noise, denoising_error
 
-SEED = 42
 # Of x0 in a case.
 ELEMENTS = 64 * 2**20
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """One input set: rows of one query each, so that eager PyTorch needs no gather."""
-
-    x0: Tensor
-    predictions: Tensor
-    out: Tensor
-    rows: tuple[Tensor, ...]
-    weight: Tensor
-
-    @staticmethod
-    def random(models: int, rows: int, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Inputs:
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        x0 = torch.randn(rows, *shape).to(memory_format=layout)
-        return Inputs(
-            x0=x0,
-            predictions=torch.randn(models * rows, *shape, dtype=dtype)
-            .to(memory_format=layout)
-            .unflatten(0, (models, rows)),
-            out=torch.empty_like(x0),
-            rows=(
-                torch.arange(rows),
-                torch.randint(-(2**62), 2**62, (rows,)),
-                torch.randint(0, 1000, (rows,)),
-                torch.zeros(rows, dtype=torch.int64),
-                torch.rand(rows),
-                torch.rand(rows),
-            ),
-            weight=torch.rand(rows, dtype=torch.float64),
-        )
-
-    def scales(self) -> tuple[Tensor, Tensor]:
-        """Shaped to broadcast over x0."""
-        shape = (-1, *([1] * (self.x0.dim() - 1)))
-        return self.rows[4].view(shape), self.rows[5].view(shape)
-
-
-def eager_target(inputs: Inputs) -> Tensor:
-    """In place in a buffer that is kept: the least memory traffic that eager operations allow."""
-    x0_scale, eps_scale = inputs.scales()
-    return inputs.out.normal_().mul_(eps_scale).addcmul_(inputs.x0, x0_scale)
+def _inputs(models: int, rows: int, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Inputs:
+    """As on the CPU, with the queries and the result in the predictions' layout too."""
+    inputs = Inputs.random(rows, shape, dtype, channels_last, models)
+    x0 = inputs.x0.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return replace(inputs, x0=x0, out=torch.empty_like(x0))
 
 
 def eager_error(inputs: Inputs) -> Tensor:
@@ -93,8 +57,8 @@ def _contenders(op: str, sets: Sequence[Inputs], quick: bool) -> tuple[Contender
     def plain_arguments(number: int) -> tuple[Tensor, ...]:
         inputs = sets[number]
         if op == "add_noise":
-            return (inputs.x0, *inputs.scales())
-        return (inputs.predictions, inputs.x0, *inputs.scales(), inputs.weight)
+            return (inputs.x0, *inputs.columns())
+        return (inputs.predictions, inputs.x0, *inputs.columns(), inputs.weight)
 
     eager, plain = (eager_target, plain_target) if op == "add_noise" else (eager_error, plain_error)
     rival = Contender("eager", architecture(), lambda number: eager(sets[number]))
@@ -106,7 +70,7 @@ def _case(op: str, models: int, shape: tuple[int, ...], dtype: torch.dtype, chan
     elements = rows * torch.Size(shape).numel()
     moved = 8 * elements if op == "add_noise" else (4 + models * dtype.itemsize) * elements
     number = rotating_sets(moved, quick, default_device())
-    sets = [Inputs.random(models, rows, shape, dtype, channels_last) for _ in range(number)]
+    sets = [_inputs(models, rows, shape, dtype, channels_last) for _ in range(number)]
     rival, contenders = _contenders(op, sets, quick)
     named = f"M={models} " if op == "denoising_error" else ""
     layout = " channels-last" if channels_last else ""

@@ -29,12 +29,14 @@ class Inputs:
     weight: Tensor
 
     @staticmethod
-    def random(rows: int, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Inputs:
+    def random(rows: int, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, models: int = 1) -> Inputs:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         x0 = torch.randn(rows, *shape)
         return Inputs(
             x0=x0,
-            predictions=torch.randn(rows, *shape).to(dtype).to(memory_format=layout)[None],
+            predictions=torch.randn(models * rows, *shape, dtype=dtype)
+            .to(memory_format=layout)
+            .unflatten(0, (models, rows)),
             out=torch.empty_like(x0),
             rows=(
                 torch.arange(rows),
@@ -53,7 +55,7 @@ class Inputs:
         return self.rows[4].view(shape), self.rows[5].view(shape)
 
 
-def _eager_target(inputs: Inputs) -> Tensor:
+def eager_target(inputs: Inputs) -> Tensor:
     """In place in a buffer that is kept: the least memory traffic that eager operations allow."""
     x0_scale, eps_scale = inputs.columns()
     return inputs.out.normal_().mul_(eps_scale).addcmul_(inputs.x0, x0_scale)
@@ -61,7 +63,7 @@ def _eager_target(inputs: Inputs) -> Tensor:
 
 def _eager_error(inputs: Inputs, sums: torch.dtype) -> Tensor:
     """Float32 differences and squares, summed in ``sums``; the fastest of seven ways with float64 sums."""
-    squares = _eager_target(inputs).sub_(inputs.predictions[0]).square_()
+    squares = eager_target(inputs).sub_(inputs.predictions[0]).square_()
     return squares.flatten(1).sum(1, dtype=sums) * inputs.weight
 
 
@@ -104,7 +106,7 @@ def _eager(sets: Sequence[Inputs], op: str, sums: torch.dtype) -> Contender:
     """With float64 sums what the op promises; with float32 sums faster, and less exact than the op."""
     capability = torch.backends.cpu.get_cpu_capability()
     if op == "add_noise":
-        return Contender("eager", capability, lambda number: _eager_target(sets[number]))
+        return Contender("eager", capability, lambda number: eager_target(sets[number]))
     name = "eager" if sums is torch.float64 else "eager, float32 sums"
     return Contender(name, capability, lambda number: _eager_error(sets[number], sums))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -82,6 +83,8 @@ class Op(Generic[RequestT, ResultT]):
     name: str
     request: Callable[..., RequestT]
     backends: Mapping[str, tuple[Backend[RequestT, ResultT], ...]]
+    # The public function, whose arguments `explain` takes.
+    function: Callable[..., Any] | None = None
 
     def table(self, device: torch.device) -> tuple[Backend[RequestT, ResultT], ...]:
         return self.backends.get(device.type, self.backends["*"])
@@ -185,9 +188,14 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     op: the op's name, such as "add_noise"
     args, kwargs: the arguments of the call
 
-    Returns text. Raises what the call's validation raises.
+    Returns text. Raises what the call's validation raises, and TypeError where the call would not take the arguments.
     """
     found = _OPS[check_choice("explain", "op", op, list(_OPS))]
+    if found.function is not None:
+        try:
+            inspect.signature(found.function).bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"explain: {op}: {error}") from None
     choice = requested_backend(op, kwargs.pop("backend", "auto"))
     return found.explain(found.request(*args, **kwargs), choice)
 

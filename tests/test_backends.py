@@ -182,6 +182,14 @@ def test_a_backend_that_an_op_lacks_is_said_so() -> None:
     assert "\n  cuda: toy has no such backend\n" in text
 
 
+@pytest.mark.parametrize("op", ["add_noise", "denoising_error", "group_norm_silu", "delta_linear", "delta_conv2d"])
+def test_explain_refuses_what_the_op_would(op: str) -> None:
+    with pytest.raises(TypeError, match=f"explain: {op}: missing a required argument: '(x|x0|predictions)'"):
+        _backends.explain(op)
+    with pytest.raises(TypeError, match=f"explain: {op}: got an unexpected keyword argument 'sed'|missing a required"):
+        _backends.explain(op, *[torch.ones(2, 2)] * 2, sed=1)
+
+
 def test_availability_knows_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

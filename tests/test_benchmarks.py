@@ -228,10 +228,10 @@ def test_commit_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_eager_and_plain_rivals_compute_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the noise switched off, both forms of the GPU's rival are the op's formula."""
-    inputs = gpu_noise_ops.Inputs.random(3, 2, (3, 4, 5), torch.bfloat16, True)
+    inputs = gpu_noise_ops._inputs(3, 2, (3, 4, 5), torch.bfloat16, True)
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     monkeypatch.setattr(torch.Tensor, "normal_", torch.Tensor.zero_)
-    x0_scale, eps_scale = inputs.scales()
+    x0_scale, eps_scale = inputs.columns()
     expected = (inputs.predictions.double() - (inputs.x0 * x0_scale).double()).square().flatten(2).sum(2)
     expected *= inputs.weight
     torch.testing.assert_close(gpu_noise_ops.eager_error(inputs), expected, rtol=1e-5, atol=0)

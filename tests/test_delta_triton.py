@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from ahead_of_time import compiled
 from delta_cases import BACKENDS, DEVICE, INDEX, OFFSETS, random_layer
 from guda_fast import ops
 
@@ -76,12 +74,6 @@ def test_offsets_beyond_32_bits(form: str) -> None:
 @pytest.mark.parametrize(("capability", "shared"), [(80, 99 * 1024), (90, 227 * 1024), (100, 227 * 1024)])
 def test_compiles_ahead_of_time(capability: int, shared: int, tmp_path: Path) -> None:
     """Every form in every arithmetic. 8.0 stands for 8.6 and 8.9 too, which share its code and have less memory."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    script = Path(__file__).parent / "compile_delta.py"
-    done = subprocess.run(
-        [sys.executable, script, str(capability)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = compiled("compile_delta.py", capability, tmp_path)
     assert len(lines) == (25 if capability == 90 else 16)  # there each size alone is 1 too
     assert [line for line in lines if int(line.split()[0]) > shared] == []

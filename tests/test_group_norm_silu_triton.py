@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ahead_of_time import compiled
 from group_norm_silu_cases import assert_within_twice_eager, channels_last, make, make_vectors
 from guda_fast import _backends, ops
 from guda_fast.errors import BackendUnavailableError
@@ -248,16 +246,9 @@ def test_a_cuda_graph_replays_on_new_contents(cut: tuple[int, int, int, int] | N
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_compiles_ahead_of_time(capability: int, tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    script = Path(__file__).parent / "compile_group_norm_silu.py"
-    done = subprocess.run(
-        [sys.executable, script, str(capability)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = compiled("compile_group_norm_silu.py", capability, tmp_path)
     assert len(lines) == 40
     # Where registers are limited so that two programs fit on a multiprocessor, a few of a thread's 64 may spill; a
     # group of 32,768 channels does not fit into them.
     spilled = [int(line.rpartition(" ")[2]) for line in lines if "32768" not in line]
-    assert max(spilled) <= 64, done.stdout
+    assert max(spilled) <= 64, lines

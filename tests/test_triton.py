@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ahead_of_time import compiled
 from guda_fast import _backends, ops, reference
 from guda_fast.errors import BackendUnavailableError
 
@@ -218,13 +216,6 @@ def test_refusals(make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_compiles_ahead_of_time(capability: int, tmp_path: Path) -> None:
     """With no contraction, no approximation and no flushing of subnormal numbers, on which the bits rest."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    script = Path(__file__).parent / "compile_triton.py"
-    done = subprocess.run(
-        [sys.executable, script, str(capability)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = compiled("compile_triton.py", capability, tmp_path)
     assert len(lines) == 9
-    assert all(line.endswith("inexact:") for line in lines), done.stdout
+    assert all(line.endswith("inexact:") for line in lines), lines

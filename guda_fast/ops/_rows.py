@@ -121,9 +121,11 @@ ResultT = TypeVar("ResultT")
 
 
 def register(
-    name: str, request: Callable[..., RequestT], runs: Mapping[str, Callable[[RequestT], ResultT]]
+    function: Callable[..., ResultT],
+    request: Callable[..., RequestT],
+    runs: Mapping[str, Callable[[RequestT], ResultT]],
 ) -> _backends.Op[RequestT, ResultT]:
-    """Make a noise op known, with what `runs` holds for each backend's name."""
+    """Make a noise op known by its public function, with what `runs` holds for each backend's name."""
 
     def native_supports(backend: str) -> Callable[[RequestT], str | None]:
         return lambda request: native_reason(backend, **request.by_pointer)
@@ -138,7 +140,7 @@ def register(
     triton = _backends.Backend("triton", runs["triton"], triton_supports, _backends.triton_unavailable)
     cuda = _backends.Backend("cuda", runs["cuda"], native_supports("cuda"), _backends.cuda_unavailable)
     table = {"cpu": (cpp, reference, triton), "cuda": (triton, cuda, reference), "*": (reference,)}
-    return _backends.register(_backends.Op(name, request, table))
+    return _backends.register(_backends.Op(function.__name__, request, table, function))
 
 
 def device_and_stream(device: torch.device) -> tuple[int, int]:

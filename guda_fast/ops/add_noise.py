@@ -145,7 +145,7 @@ def _run_triton(request: _Request) -> Tensor:
 
 
 _RUNS = {"reference": _run_reference, "cpp": _run_cpp, "triton": _run_triton, "cuda": _run_cuda}
-_OP = register(_NAME, _request, _RUNS)
+_OP = register(add_noise, _request, _RUNS)
 
 
 def _registered(

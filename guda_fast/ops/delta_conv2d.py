@@ -153,5 +153,5 @@ def _fake(*arguments: Any) -> Tensor:
     return _empty_output(_shapes(Arguments(*arguments[:-4]), _window(*arguments[-4:-1])))
 
 
-_OP = _backends.register(_backends.Op(_NAME, _request, backends(_run_reference, _run_triton)))
+_OP = _backends.register(_backends.Op(_NAME, _request, backends(_run_reference, _run_triton), delta_conv2d))
 _NODE = _library.register(_NAME, _registered, _fake)

@@ -121,5 +121,5 @@ def _fake(*arguments: Any) -> Tensor:
     return _empty_output(_shapes(Arguments(*arguments[:-1])))
 
 
-_OP = _backends.register(_backends.Op(_NAME, _request, backends(_run_reference, _run_triton)))
+_OP = _backends.register(_backends.Op(_NAME, _request, backends(_run_reference, _run_triton), delta_linear))
 _NODE = _library.register(_NAME, _registered, _fake)

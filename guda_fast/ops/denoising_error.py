@@ -187,7 +187,7 @@ def _run_triton(request: _Request) -> DenoisingError:
 
 
 _RUNS = {"reference": _run_reference, "cpp": _run_cpp, "triton": _run_triton, "cuda": _run_cuda}
-_OP = register(_NAME, _request, _RUNS)
+_OP = register(denoising_error, _request, _RUNS)
 
 
 def _registered(

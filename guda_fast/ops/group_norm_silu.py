@@ -242,7 +242,7 @@ _REFERENCE = _backends.Backend("reference", _run_reference)
 _CPP = _backends.Backend("cpp", _run_cpp, _cpp_supports, _backends.native_unavailable, _backends.native_detail)
 _TRITON = _backends.Backend("triton", _run_triton, _triton_supports, _backends.triton_unavailable)
 _TABLE = {"cpu": (_CPP, _REFERENCE, _TRITON), "cuda": (_TRITON, _REFERENCE), "*": (_REFERENCE,)}
-_OP = _backends.register(_backends.Op(_NAME, _request, _TABLE))
+_OP = _backends.register(_backends.Op(_NAME, _request, _TABLE, group_norm_silu))
 
 
 def _registered(
