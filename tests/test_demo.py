@@ -100,7 +100,14 @@ def test_other_settings_and_damaged_records_are_refused(finished: Path, tmp_path
 
 def interrupted(out: Path, stop_when: str) -> tuple[int, str]:
     """Exit status and messages of a run that gets a Ctrl-C as soon as a stage is there."""
-    process = subprocess.Popen(command(out, *TINY), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command(out, *TINY),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # A background job is started with Ctrl-C ignored, and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not (out / stop_when).exists():
         assert process.poll() is None and time.monotonic() < deadline
