@@ -322,7 +322,7 @@ def test_arguments_are_checked(base: Net) -> None:
         DeltaBank.load(base, {3: other})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="group names must not be empty"):
         DeltaBank.load(base, {"": other})
-    with pytest.raises(TypeError, match=r"counterfactuals\['a'\] must be a path, a state dict or a torch.nn.Mod"):
+    with pytest.raises(TypeError, match=r"counterfactuals\['a'\] must be a path, a state dict, a torch.nn.Mod"):
         DeltaBank.load(base, {"a": 3})  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="base must be the path of a diffusers folder or a torch.nn.Module"):
         DeltaBank.load(base.state_dict(), {"a": other})  # type: ignore[arg-type]

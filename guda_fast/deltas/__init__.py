@@ -1,6 +1,6 @@
 """The delta bank: a base model and what each counterfactual changes in it."""
 
 from guda_fast.deltas.bank import DeltaBank
-from guda_fast.deltas.delta import Delta, Dense
+from guda_fast.deltas.delta import Delta, Dense, LowRank, Part
 
-__all__ = ["Delta", "DeltaBank", "Dense"]
+__all__ = ["Delta", "DeltaBank", "Dense", "LowRank", "Part"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from guda_fast._validate import check_choice, check_int, describe
 from guda_fast.deltas.base import Base, open_base
 from guda_fast.deltas.delta import HASH_BYTES, Delta
-from guda_fast.deltas.diff import FLOATING, diff
+from guda_fast.deltas.diff import FLOATING, BaseTensor, diff, fitted
 from guda_fast.deltas.formats.diffusers import check_config
 from guda_fast.deltas.resident import ResidentModel, base_tensors
 from guda_fast.deltas.sources import Source, check_source, open_source
@@ -58,7 +58,7 @@ class DeltaBank:
 
         base: a diffusers folder (flat, or with ``unet/`` or ``transformer/`` inside), or a module
         counterfactuals: for each group name, in the order of the result's columns, a diffusers folder, a
-            state dict file (safetensors or torch), a state dict, or a module [K >= 1 entries]
+            state dict file (safetensors or torch), a state dict, a module, or a Delta [K >= 1 entries]
         scheduler: the noise scheduler's configuration, a diffusers scheduler, or a path; None takes
             ``scheduler_config.json`` from the base's folder, ``scheduler/`` in it, or beside it, if there is one
         allow_identical: accept a counterfactual that equals the base
@@ -78,13 +78,10 @@ class DeltaBank:
             tensors = base_tensors(opened.model, opened.origin)
             deltas: dict[str, Delta] = {}
             for group, source in counterfactuals.items():
-                weights = open_source(source, f"counterfactuals[{group!r}]")
-                if opened.config is not None:
-                    check_config(opened.config, type(opened.model), weights)
-                deltas[group] = diff(tensors, weights)
+                deltas[group] = _delta(opened, tensors, source, f"counterfactuals[{group!r}]")
                 if not deltas[group].parts and not allow_identical:
                     raise CheckpointError(
-                        f"{weights.origin}: equals the base ({opened.origin}) in every parameter, so that group "
+                        f"{deltas[group].origin}: equals the base ({opened.origin}) in every parameter, so that group "
                         f"{group!r} would score zero everywhere; pass allow_identical=True if that is meant"
                     )
             changing = {name for delta in deltas.values() for name in delta.parts}
@@ -226,6 +223,15 @@ class DeltaBank:
         if isinstance(group, str):
             return check_choice("DeltaBank", "group", group, self.groups)
         return self.groups[check_int("DeltaBank", "group", group, 0, len(self) - 1)]
+
+
+def _delta(base: Base, tensors: Sequence[BaseTensor], source: Source, name: str) -> Delta:
+    if isinstance(source, Delta):
+        return fitted(tensors, source, name)
+    weights = open_source(source, name)
+    if base.config is not None:
+        check_config(base.config, type(base.model), weights)
+    return diff(tensors, weights)
 
 
 def _check_counterfactuals(counterfactuals: object) -> None:

@@ -1,4 +1,4 @@
-"""What one counterfactual changes: per parameter nothing, or a dense difference."""
+"""What one counterfactual changes: per parameter nothing, a dense difference, or a low-rank one."""
 
 from __future__ import annotations
 
@@ -36,15 +36,54 @@ class Dense:
 
 
 @dataclass(frozen=True, eq=False)
+class LowRank:
+    """The difference of one weight as a product of two factors: delta = up down, of rank r at most.
+
+    up: the output factor [(O, r), float32 or float64, on the CPU]. A scale (LoRA's alpha / r) is multiplied in
+    down: the input factor [(r, *I), up's dtype, on the CPU], where the weight is (O, *I)
+    Source: Hu et al. 2021 (LoRA), equation 3
+    """
+
+    up: torch.Tensor
+    down: torch.Tensor
+
+    def added_to(self, base: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """theta_0 + delta, formed in ``dtype``."""
+        product = self.up.to(dtype) @ self.down.to(dtype).flatten(1)
+        return product.view(base.shape).add_(base.to(dtype))
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors that define the difference, by role."""
+        yield "up", self.up
+        yield "down", self.down
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the factors."""
+        return self.up.dtype
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of ``up``."""
+        return self.up.shape[1]
+
+
+Part = Dense | LowRank
+
+
+@dataclass(frozen=True, eq=False)
 class Delta:
-    """theta_k - theta_0 of one group.
+    """theta_k - theta_0 of one group; a counterfactual that ``DeltaBank.load`` takes as it is.
 
     parts: the changed parameters and buffers by name; one that is absent equals the base bit for bit
     origin: the file or object that the counterfactual came from
+
+    >>> Delta({"conv_in.weight": LowRank(torch.zeros(32, 4), torch.zeros(4, 3, 3, 3))}, "adapter").bytes
+    944
     """
 
-    parts: Mapping[str, Dense]
-    origin: str
+    parts: Mapping[str, Part]
+    origin: str = "delta"
 
     @cached_property
     def hash(self) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from guda_fast.deltas.delta import Delta, Dense
+from guda_fast.deltas.delta import Delta, Dense, LowRank, Part
 from guda_fast.deltas.weights import Entry, Weights
 from guda_fast.errors import CheckpointError
 
@@ -54,7 +54,7 @@ def diff(base: Sequence[BaseTensor], weights: Weights) -> Delta:
     Returns: the delta, with the parameters that are not equal bit for bit
     Raises: CheckpointError when a key is missing, unknown or does not fit the base
     """
-    parts: dict[str, Dense] = {}
+    parts: dict[str, Part] = {}
 
     def subtract(tensor: BaseTensor, found: torch.Tensor) -> None:
         part = _difference(tensor, found)
@@ -63,6 +63,29 @@ def diff(base: Sequence[BaseTensor], weights: Weights) -> Delta:
 
     _each_tensor(base, weights, subtract)
     return Delta(parts, weights.origin)
+
+
+def fitted(base: Sequence[BaseTensor], delta: Delta, origin: str) -> Delta:
+    """A delta that was made elsewhere, checked against the base, with its parts under the base's first names.
+
+    Its tensors are copied; parts of zeros are dropped, as `diff` would.
+    Raises: CheckpointError where a name is unknown or given twice, or a part does not fit the base's tensor
+    """
+    targets = {name: tensor for tensor in base for name in tensor.names}
+    parts: dict[str, Part] = {}
+    for name, part in delta.parts.items():
+        if name not in targets:
+            raise CheckpointError(f"{origin}: key {name!r} is not in the base")
+        target = targets[name]
+        try:
+            if target.name in parts:
+                raise KeyProblem(f"must not be given twice: the base shares its tensor with {target.name!r}")
+            copied = _checked_part(target, part)
+        except KeyProblem as problem:
+            raise CheckpointError(f"{origin}: key {name!r} {problem}") from None
+        if copied is not None:
+            parts[target.name] = copied
+    return Delta(parts, origin)
 
 
 def read_values(base: Sequence[BaseTensor], weights: Weights) -> dict[str, torch.Tensor]:
@@ -151,6 +174,38 @@ def _difference(tensor: BaseTensor, found: torch.Tensor) -> Dense | None:
         check_finite(found)
         raise KeyProblem(f"differs from the base by more than {_names([dtype])} can hold")
     return Dense(delta)
+
+
+def _checked_part(target: BaseTensor, part: Part) -> Part | None:
+    """A copy of a part that fits its tensor; None where it changes nothing."""
+    shape = target.value.shape
+    if not target.value.is_floating_point():
+        raise KeyProblem("must have no delta, because the base holds integers there")
+    if not isinstance(part, Dense | LowRank):
+        raise KeyProblem(f"must be a Dense or a LowRank part, found {type(part).__name__}")
+    for role, tensor in part.tensors():
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.float32, torch.float64):
+            found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise KeyProblem(f"must have a float32 or float64 tensor as {role}, found {found}")
+        check_finite(tensor)
+    if isinstance(part, Dense):
+        if part.value.shape != shape:
+            raise KeyProblem(f"must have shape {tuple(shape)} as in the base, found {tuple(part.value.shape)}")
+        return Dense(_copied(part.value)) if bool(part.value.any()) else None
+    up, down = part.up, part.down
+    if len(shape) < 2 or up.dim() != 2 or up.shape[0] != shape[0] or down.shape != (up.shape[1], *shape[1:]):
+        raise KeyProblem(
+            f"must have up (O, r) and down (r, *I) for the base's shape {tuple(shape)} (O, *I), "
+            f"found {tuple(up.shape)} and {tuple(down.shape)}"
+        )
+    if up.dtype != down.dtype:
+        raise KeyProblem(f"must have up and down of one dtype, found {_names([up.dtype, down.dtype])}")
+    changes = bool(up.any()) and bool(down.any())
+    return LowRank(_copied(up), _copied(down)) if changes else None
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def check_finite(found: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from guda_fast.deltas.delta import Dense, hash_tensors
+from guda_fast.deltas.delta import Part, hash_tensors
 from guda_fast.deltas.diff import FLOATING, INTEGER, BaseTensor, KeyProblem, check_finite, wide
 from guda_fast.deltas.weights import named_tensors
 from guda_fast.errors import CheckpointError
@@ -52,7 +52,7 @@ class ResidentModel:
                 shared = _memory(tensor.value) == _memory(tensors[tensor.name])
                 self._masters[tensor.name] = tensor.value.clone() if shared else tensor.value
 
-    def write(self, parts: Iterable[tuple[str, Dense | None]]) -> None:
+    def write(self, parts: Iterable[tuple[str, Part | None]]) -> None:
         """Write theta_0 + part, or theta_0 where the part is None, into the named tensors."""
         tensors = named_tensors(self.model)
         with torch.no_grad():
@@ -85,7 +85,7 @@ class ResidentModel:
 
         return hash_tensors(((name, base_value(name)) for name in sorted(self._names)), header=header)
 
-    def _write(self, tensors: dict[str, torch.Tensor], name: str, part: Dense | None) -> None:
+    def _write(self, tensors: dict[str, torch.Tensor], name: str, part: Part | None) -> None:
         master = self._masters[name]
         # Names that shared memory when the model came may have been separated by a cast.
         targets = {_memory(tensors[alias]): tensors[alias] for alias in self._names[name]}

@@ -9,25 +9,26 @@ from pathlib import Path
 import torch
 
 from guda_fast._validate import describe
+from guda_fast.deltas.delta import Delta
 from guda_fast.deltas.formats.diffusers import open_folder
 from guda_fast.deltas.formats.state_dict import from_mapping, open_file
 from guda_fast.deltas.weights import Weights, from_module
 from guda_fast.errors import CheckpointError
 
-Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module
+Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module | Delta
 
 
 def check_source(source: object, name: str) -> None:
     """Check that a source is of a type that can be opened and, a path, that it exists."""
     if isinstance(source, str | os.PathLike):
         existing_path(source)
-    elif not isinstance(source, Mapping | torch.nn.Module):
+    elif not isinstance(source, Mapping | torch.nn.Module | Delta):
         raise TypeError(
-            f"DeltaBank.load: {name} must be a path, a state dict or a torch.nn.Module, got {describe(source)}"
+            f"DeltaBank.load: {name} must be a path, a state dict, a torch.nn.Module or a Delta, got {describe(source)}"
         )
 
 
-def open_source(source: Source, name: str) -> Weights:
+def open_source(source: str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module, name: str) -> Weights:
     """Open a counterfactual: a diffusers folder, a state dict file, a state dict or a module.
 
     name: what the argument is called in messages about an object in memory
