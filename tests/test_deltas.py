@@ -131,11 +131,11 @@ def test_interrupted_apply_restores_the_base(base: Net, monkeypatch: pytest.Monk
     bank = DeltaBank.load(base, {"a": changed(base, ("conv", "norm", "scale"))})
     added_to, calls = Dense.added_to, []
 
-    def interrupted(self: Dense, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def interrupted(self: Dense, value: torch.Tensor, dtype: torch.dtype, out: torch.Tensor) -> torch.Tensor:
         calls.append(dtype)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return added_to(self, value, dtype)
+        return added_to(self, value, dtype, out)
 
     monkeypatch.setattr(Dense, "added_to", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -2,5 +2,6 @@
 
 from guda_fast.deltas.bank import DeltaBank
 from guda_fast.deltas.delta import Delta, Dense, LowRank, Part
+from guda_fast.deltas.survey import Survey
 
-__all__ = ["Delta", "DeltaBank", "Dense", "LowRank", "Part"]
+__all__ = ["Delta", "DeltaBank", "Dense", "LowRank", "Part", "Survey"]

@@ -5,20 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar, overload
 
 import torch
 
 from guda_fast._validate import check_choice, check_int, describe
 from guda_fast.deltas.base import Base, open_base
-from guda_fast.deltas.delta import HASH_BYTES, Delta
-from guda_fast.deltas.diff import FLOATING, BaseTensor, diff, fitted
+from guda_fast.deltas.delta import HASH_BYTES, Delta, Part
+from guda_fast.deltas.diff import FLOATING, differences, fitted, fitting
 from guda_fast.deltas.formats.diffusers import check_config
-from guda_fast.deltas.resident import ResidentModel, base_tensors
-from guda_fast.deltas.sources import Source, check_source, open_source
+from guda_fast.deltas.groups import FileGroup, Group, HeldGroup
+from guda_fast.deltas.resident import ResidentModel
+from guda_fast.deltas.sources import Openable, Source, check_source, open_source
+from guda_fast.deltas.staging import Staging, stages
+from guda_fast.deltas.survey import Survey, survey
+from guda_fast.deltas.weights import Weights
 from guda_fast.errors import CheckpointError
+
+ProgressCallback = Callable[[int, int], object]
+"""Called with (groups done, groups in all)."""
+_T = TypeVar("_T")
 
 
 class DeltaBank:
@@ -33,10 +42,13 @@ class DeltaBank:
     ...     prediction = model(x_t, t).sample
     """
 
-    def __init__(self, base: Base, resident: ResidentModel, deltas: Mapping[str, Delta]) -> None:
+    def __init__(self, base: Base, resident: ResidentModel, *, allow_identical: bool) -> None:
         self._base = base
         self._resident = resident
-        self._deltas = dict(deltas)
+        self._staging = Staging(resident)
+        self._allow_identical = allow_identical
+        self._sources: dict[str, Group] = {}
+        self._surveys: dict[str, Survey] = {}
         self._applied: str | None = None
         self._changed: set[str] = set()
         self._base_hash: str | None = None
@@ -50,11 +62,13 @@ class DeltaBank:
         scheduler: object = None,
         allow_identical: bool = False,
     ) -> DeltaBank:
-        """Load a base and its counterfactuals and keep delta_k = theta_k - theta_0 of each.
+        """Load a base, and open its counterfactuals.
 
-        The differences are formed in float32 from the stored values (float64 where one side has it), over
-        parameters and floating buffers. Everything is read on the CPU; nothing is downloaded, and no pickle
-        may run code. Objects in memory are copied or only read.
+        The differences delta_k = theta_k - theta_0 are formed in float32 from the stored values (float64 where one
+        side has it), over parameters and floating buffers: of objects in memory here, of files whenever a group is
+        used. Of files only names, shapes, dtypes and configurations are read here, and nothing is kept; ``survey``
+        checks their values. Everything is read on the CPU; nothing is downloaded, and no pickle may run code.
+        Objects in memory are copied or only read.
 
         base: a diffusers folder (flat, or with ``unet/`` or ``transformer/`` inside), or a module
         counterfactuals: for each group name, in the order of the result's columns, a diffusers folder, a
@@ -65,7 +79,8 @@ class DeltaBank:
 
         Returns: the bank, with the base resident on the CPU in float32 (or the module's own dtypes and device)
         Raises: TypeError for an argument of another type; CheckpointError when a model is missing, unreadable,
-            does not fit the base, holds NaN or infinity, or equals the base, naming the file and the key
+            does not fit the base, or (the base, and objects in memory) holds NaN or infinity or equals the base,
+            naming the file and the key
 
         >>> bank = DeltaBank.load("runs/full", {"cat": "runs/unlearn_cat"})  # doctest: +SKIP
         >>> bank.groups  # doctest: +SKIP
@@ -75,17 +90,12 @@ class DeltaBank:
         # Tensors made under inference mode could never be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             opened = open_base(base, scheduler)
-            tensors = base_tensors(opened.model, opened.origin)
-            deltas: dict[str, Delta] = {}
+            bank = cls(opened, ResidentModel(opened.model, opened.origin), allow_identical=allow_identical)
             for group, source in counterfactuals.items():
-                deltas[group] = _delta(opened, tensors, source, f"counterfactuals[{group!r}]")
-                if not deltas[group].parts and not allow_identical:
-                    raise CheckpointError(
-                        f"{deltas[group].origin}: equals the base ({opened.origin}) in every parameter, so that group "
-                        f"{group!r} would score zero everywhere; pass allow_identical=True if that is meant"
-                    )
-            changing = {name for delta in deltas.values() for name in delta.parts}
-            return cls(opened, ResidentModel(opened.model, tensors, changing), deltas)
+                bank._sources[group] = bank._open(source, f"counterfactuals[{group!r}]")
+                if isinstance(bank._sources[group], HeldGroup):
+                    next(bank._refuse_identical(group, bank._parts(group)), None)
+        return bank
 
     @property
     def model(self) -> torch.nn.Module:
@@ -100,12 +110,17 @@ class DeltaBank:
     @property
     def groups(self) -> tuple[str, ...]:
         """The group names, in the order in which they were given."""
-        return tuple(self._deltas)
+        return tuple(self._sources)
 
     @property
     def deltas(self) -> tuple[Delta, ...]:
-        """The deltas, in the order of ``groups``."""
-        return tuple(self._deltas.values())
+        """The deltas, in the order of ``groups``, their dense parts in the memory layout of the resident model.
+
+        Parts of a group in files are read whenever they are asked for, and not kept.
+        """
+        return tuple(
+            source.delta(lambda group=group: self.survey(group).support) for group, source in self._sources.items()
+        )
 
     @property
     def applied_group(self) -> str | None:
@@ -122,8 +137,8 @@ class DeltaBank:
 
     @property
     def delta_hashes(self) -> dict[str, str]:
-        """A hash of each group's delta, over names and bytes."""
-        return {group: delta.hash for group, delta in self._deltas.items()}
+        """A hash of each group's delta, over names and bytes; surveys the groups that have not been."""
+        return {group: self.survey(group).hash for group in self.groups}
 
     @property
     def hash(self) -> str:
@@ -131,21 +146,70 @@ class DeltaBank:
         content = json.dumps([self.base_hash, list(self.delta_hashes.items())])
         return hashlib.blake2b(content.encode(), digest_size=HASH_BYTES).hexdigest()
 
-    def apply(self, group: int | str) -> torch.nn.Module:
-        """Make the resident model the counterfactual of ``group``, in place.
+    @overload
+    def survey(self, group: int | str, *, progress: ProgressCallback | None = None) -> Survey: ...
 
-        Only tensors that differ from what is resident are written, into the memory they have. When that
-        fails, the base is restored.
+    @overload
+    def survey(self, group: None = None, *, progress: ProgressCallback | None = None) -> dict[str, Survey]: ...
+
+    def survey(
+        self, group: int | str | None = None, *, progress: ProgressCallback | None = None
+    ) -> Survey | dict[str, Survey]:
+        """Read and check all values of a group, or of every group, once; later calls return what was found.
+
+        One tensor is in memory at a time. Files must not change from ``load`` on.
+
+        group: a name, or its position in ``groups`` [0 <= k < K]; None for all
+        progress: called after each group with (groups done, groups in all)
+        Returns: the survey, or all of them by group name, in the order of ``groups``
+        Raises: TypeError or ValueError when there is no such group; CheckpointError when a counterfactual holds NaN or
+            infinity, equals the base, or has changed since it was opened, naming the file and the key
+
+        >>> bank.survey("cat").cosine["bfloat16"]  # doctest: +SKIP
+        0.97
+        """
+        names = self.groups if group is None else (self._name(group),)
+        for done, name in enumerate(names, 1):
+            if name not in self._surveys:
+                with torch.no_grad():
+                    parts = self._refuse_identical(name, self._parts(name))
+                    self._surveys[name] = survey(self._sources[name].origin, parts, self._resident.theta_0)
+            if progress is not None:
+                progress(done, len(names))
+        return {name: self._surveys[name] for name in names} if group is None else self._surveys[names[0]]
+
+    def prefetch(self, group: int | str) -> None:
+        """Begin to form the counterfactual of ``group`` on the host, for an ``apply`` that then only copies it.
+
+        A thread reads and adds the delta into pinned memory while the device works. On a CPU this does nothing,
+        because ``apply`` writes in place there. What goes wrong is raised by ``apply``.
 
         group: a name, or its position in ``groups`` [0 <= k < K]
-        Returns: the resident model
         Raises: TypeError or ValueError when there is no such group
         """
         name = self._name(group)
+        if name != self._applied and stages(self._resident.device):
+            self._staging.begin(name, partial(self._parts, name))
+
+    def apply(self, group: int | str) -> torch.nn.Module:
+        """Make the resident model the counterfactual of ``group``, in place.
+
+        Only tensors that differ from what is resident are written, into the memory they have; on a CUDA device the
+        copies are queued on the current stream. When that fails, the base is restored.
+
+        group: a name, or its position in ``groups`` [0 <= k < K]
+        Returns: the resident model
+        Raises: TypeError or ValueError when there is no such group; CheckpointError as ``survey``
+        """
+        name = self._name(group)
         if name != self._applied:
-            parts = self._deltas[name].parts
             try:
-                self._write(parts)
+                if stages(self._resident.device):
+                    values = self._staging.take(name, partial(self._parts, name))
+                    self._write(self._refuse_identical(name, values), self._resident.put)
+                    self._staging.copied()
+                else:
+                    self._write(self._refuse_identical(name, self._parts(name)), self._resident.write)
             except BaseException:
                 self.restore()
                 raise
@@ -154,7 +218,7 @@ class DeltaBank:
 
     def restore(self) -> torch.nn.Module:
         """Make the resident model the base again, bit for bit, and return it."""
-        self._write({})
+        self._write((), self._resident.write)
         return self.model
 
     @contextmanager
@@ -196,42 +260,75 @@ class DeltaBank:
             raise TypeError(f"DeltaBank.to: dtype must be float32, float64, bfloat16 or float16, got {describe(dtype)}")
         how = {"device": device, "dtype": dtype, "memory_format": memory_format}
         before = self._applied
+        self._staging.clear()
         self.restore()
         try:
-            self._resident.move(**{key: value for key, value in how.items() if value is not None})
+            with torch.inference_mode(False), torch.no_grad():
+                self._resident.move(**{key: value for key, value in how.items() if value is not None})
+                for source in self._sources.values():
+                    source.lay_out()
         finally:
             if before is not None:
                 self.apply(before)
         return self
 
     def __len__(self) -> int:
-        return len(self._deltas)
+        return len(self._sources)
 
     def __repr__(self) -> str:
         changed = f", {self._applied!r} applied" if self._applied is not None else ""
         return f"DeltaBank({type(self.model).__name__} from {self._base.origin}, {len(self)} groups{changed})"
 
-    def _write(self, parts: Mapping[str, Any]) -> None:
+    def _open(self, source: Source, name: str) -> Group:
+        if isinstance(source, Delta):
+            return HeldGroup(fitted(self._resident.tensors, source, name), self._resident)
+        if isinstance(source, str | os.PathLike):
+            return FileGroup(partial(self._opened, source, name), self._resident)
+        weights = self._opened(source, name)
+        parts = differences(self._resident.tensors, weights, self._resident.theta_0)
+        return HeldGroup(Delta(dict(parts), weights.origin), self._resident)
+
+    def _opened(self, source: Openable, name: str) -> Weights:
+        weights = open_source(source, name)
+        if self._base.config is not None:
+            check_config(self._base.config, type(self.model), weights)
+        return fitting(self._resident.tensors, weights)
+
+    def _parts(self, group: str) -> Iterable[tuple[str, Part]]:
+        """The parts of a group in the order of their names; what a survey found unchanged is not read again."""
+        found = self._surveys.get(group)
+        return self._sources[group].parts(None if found is None else found.support)
+
+    def _refuse_identical(self, group: str, parts: Iterable[tuple[str, _T]]) -> Iterator[tuple[str, _T]]:
+        """``parts`` as they are, and an error if there is none."""
+        changed = False
+        for item in parts:
+            changed = True
+            yield item
+        if not (changed or self._allow_identical):
+            raise CheckpointError(
+                f"{self._sources[group].origin}: equals the base ({self._base.origin}) in every parameter, so that "
+                f"group {group!r} would score zero everywhere; pass allow_identical=True if that is meant"
+            )
+
+    def _write(self, parts: Iterable[tuple[str, _T]], write: Callable[[str, _T], None]) -> None:
         """Write ``parts``, and the base wherever the model may still differ from it."""
-        touched = self._changed.union(parts)
-        # Noted first: after an interruption nobody knows which of them were written.
-        self._changed, self._applied = touched, None
-        self._resident.write((name, parts.get(name)) for name in touched)
-        self._changed = set(parts)
+        self._applied = None
+        written: set[str] = set()
+        with torch.inference_mode(False), torch.no_grad():
+            for name, part in parts:
+                # Noted first: after an interruption nobody knows whether it was written.
+                self._changed.add(name)
+                write(name, part)
+                written.add(name)
+            for name in self._changed - written:
+                self._resident.restore(name)
+        self._changed = written
 
     def _name(self, group: int | str) -> str:
         if isinstance(group, str):
             return check_choice("DeltaBank", "group", group, self.groups)
         return self.groups[check_int("DeltaBank", "group", group, 0, len(self) - 1)]
-
-
-def _delta(base: Base, tensors: Sequence[BaseTensor], source: Source, name: str) -> Delta:
-    if isinstance(source, Delta):
-        return fitted(tensors, source, name)
-    weights = open_source(source, name)
-    if base.config is not None:
-        check_config(base.config, type(base.model), weights)
-    return diff(tensors, weights)
 
 
 def _check_counterfactuals(counterfactuals: object) -> None:

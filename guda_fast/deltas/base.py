@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from guda_fast._validate import describe
-from guda_fast.deltas.diff import read_values, wide
+from guda_fast.deltas.diff import finite_values, fitting, wide
 from guda_fast.deltas.formats.diffusers import (
     build_model,
     complete_config,
@@ -75,16 +75,15 @@ def open_base(base: object, scheduler: object) -> Base:
 def _load_model(config: Mapping[str, Any], weights: Weights) -> torch.nn.Module:
     """Build the model and fill it, in float32 or in what the file has if that is wider."""
     model = build_model(config, weights.config_origin)
-    tensors = base_tensors(model, weights.config_origin)
-    values = read_values(tensors, weights)
-    widest = wide(*(value.dtype for value in values.values() if value.is_floating_point()))
-    torch.nn.Module.to(model, dtype=widest)
+    tensors = base_tensors(model)
+    weights = fitting(tensors, weights)
+    stored = (entry.dtype for entry in weights.entries.values() if isinstance(entry.dtype, torch.dtype))
+    torch.nn.Module.to(model, dtype=wide(*(dtype for dtype in stored if dtype.is_floating_point)))
     targets = named_tensors(model)
     with torch.no_grad():
-        for tensor in tensors:
-            if tensor.name in values:
-                for name in tensor.names:
-                    targets[name].copy_(values[tensor.name])
+        for tensor, value in finite_values(tensors, weights):
+            for name in tensor.names:
+                targets[name].copy_(value)
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,9 +21,13 @@ class Dense:
 
     value: torch.Tensor
 
-    def added_to(self, base: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """theta_0 + delta, formed in ``dtype``."""
-        return base.to(dtype) + self.value.to(dtype)
+    def added_to(self, base: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        """theta_0 + delta, formed in ``dtype``; in ``out`` if that is given, which must have this dtype."""
+        return torch.add(base.to(dtype), self.value.to(dtype), out=out)
+
+    def full(self, shape: torch.Size) -> torch.Tensor:
+        """The difference, element for element."""
+        return self.value
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors that define the difference, by role."""
@@ -47,10 +51,14 @@ class LowRank:
     up: torch.Tensor
     down: torch.Tensor
 
-    def added_to(self, base: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """theta_0 + delta, formed in ``dtype``."""
+    def added_to(self, base: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        """theta_0 + delta, formed in ``dtype``; in ``out`` if that is given, which must have this dtype."""
         product = self.up.to(dtype) @ self.down.to(dtype).flatten(1)
-        return product.view(base.shape).add_(base.to(dtype))
+        return torch.add(base.to(dtype), product.view(base.shape), out=out)
+
+    def full(self, shape: torch.Size) -> torch.Tensor:
+        """The difference, element for element."""
+        return (self.up @ self.down.flatten(1)).view(shape)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors that define the difference, by role."""
@@ -88,21 +96,39 @@ class Delta:
     @cached_property
     def hash(self) -> str:
         """BLAKE2b over names, roles, types, shapes and bytes of all parts, in the order of the names."""
-        return hash_tensors(
-            (f"{name}\0{role}", tensor) for name in sorted(self.parts) for role, tensor in self.parts[name].tensors()
-        )
+        digest = TensorHash()
+        for name in sorted(self.parts):
+            digest.add_part(name, self.parts[name])
+        return digest.hex()
 
     @property
     def bytes(self) -> int:
         """The memory that the parts take."""
-        return sum(tensor.nbytes for part in self.parts.values() for _, tensor in part.tensors())
+        return sum(part_bytes(part) for part in self.parts.values())
 
 
-def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]], *, header: str = "") -> str:
-    """A hexadecimal hash of CPU tensors in the order given, with their names, types and shapes."""
-    digest = hashlib.blake2b(header.encode(), digest_size=HASH_BYTES)
-    for name, tensor in tensors:
-        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+def part_bytes(part: Part) -> int:
+    """The memory that a part takes."""
+    return sum(tensor.nbytes for _, tensor in part.tensors())
+
+
+class TensorHash:
+    """A hash of tensors in the order in which they are added, with their names, types and shapes."""
+
+    def __init__(self, header: str = "") -> None:
+        self._digest = hashlib.blake2b(header.encode(), digest_size=HASH_BYTES)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Add a tensor on the CPU."""
+        self._digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         # Flattened, because a tensor without dimensions cannot be viewed as bytes.
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        self._digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def add_part(self, name: str, part: Part) -> None:
+        """Add the tensors of a part."""
+        for role, tensor in part.tensors():
+            self.add(f"{name}\0{role}", tensor)
+
+    def hex(self) -> str:
+        """The hash of all so far, in hexadecimal digits."""
+        return self._digest.hexdigest()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
+from operator import itemgetter
 
 import torch
 
@@ -17,15 +21,17 @@ INTEGER = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.
 
 @dataclass(frozen=True)
 class BaseTensor:
-    """A parameter or buffer of the base, under all the names that share its memory.
+    """What is known of a parameter or buffer of the base, under all the names that share its memory.
 
     names: the names; the first one identifies it
-    value: its value on the CPU, floating ones in float32 or wider
+    shape: its shape
+    dtype: in which its value is compared and subtracted: float32 or float64, or its own if that holds integers
     optional: whether a checkpoint may lack it (a buffer that is not persistent)
     """
 
     names: tuple[str, ...]
-    value: torch.Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
     optional: bool = False
 
     @property
@@ -38,6 +44,26 @@ class KeyProblem(Exception):
     """What is wrong with one key; collected, so that an error can say how many more there are."""
 
 
+class _Problems:
+    """What is wrong with the keys of one model, said in one error: the first in the base's order, and how many more."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[int, str]] = []
+
+    @contextmanager
+    def at(self, position: int, entry: Entry, name: str) -> Iterator[None]:
+        try:
+            yield
+        except KeyProblem as problem:
+            self._found.append((position, f"{entry.origin}: key {name!r} {problem}"))
+
+    def check(self) -> None:
+        if self._found:
+            _, first = min(self._found, key=itemgetter(0))
+            raise CheckpointError(first + _more(len(self._found) - 1))
+
+
+@cache
 def wide(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype in which values of ``dtypes`` are compared and subtracted: float32, or wider if one is."""
     widest = torch.float32
@@ -46,23 +72,63 @@ def wide(*dtypes: torch.dtype) -> torch.dtype:
     return widest
 
 
-def diff(base: Sequence[BaseTensor], weights: Weights) -> Delta:
-    """theta_k - theta_0 for every parameter and floating buffer, in float32 (float64 where either side has it).
+def fitting(base: Sequence[BaseTensor], weights: Weights) -> Weights:
+    """``weights`` under the base's names, checked against the base as far as that needs no values.
+
+    Raises: CheckpointError when a key is missing, unknown, or of another shape or kind of dtype than in the base
+    """
+    weights = weights.named_like([name for tensor in base for name in tensor.names])
+    _check_names(base, weights)
+    problems = _Problems()
+    for position, tensor in enumerate(base):
+        for name in tensor.names:
+            if name in weights.entries:
+                entry = weights.entries[name]
+                with problems.at(position, entry, name):
+                    _check_entry(tensor, entry)
+    problems.check()
+    return weights
+
+
+def differences(
+    base: Sequence[BaseTensor],
+    weights: Weights,
+    theta_0: Callable[[str], torch.Tensor],
+    only: Collection[str] | None = None,
+) -> Iterator[tuple[str, Part]]:
+    """theta_k - theta_0 of the parameters and floating buffers that are not equal bit for bit, one after the other.
+
+    In float32 (float64 where either side has it), in the order of the names and in the memory layout of theta_0. Only
+    the tensor that is asked for is read.
 
     base: all tensors of the base
-    weights: the counterfactual's tensors
-    Returns: the delta, with the parameters that are not equal bit for bit
-    Raises: CheckpointError when a key is missing, unknown or does not fit the base
+    weights: the counterfactual's tensors, as ``fitting`` gives them
+    theta_0: gives the base's value by its first name
+    only: the first names to look at; None for all
+    Raises: CheckpointError, after the last tensor, when values are not finite or contradict the base
     """
-    parts: dict[str, Part] = {}
-
-    def subtract(tensor: BaseTensor, found: torch.Tensor) -> None:
-        part = _difference(tensor, found)
+    problems = _Problems()
+    for tensor, found, located in _values(base, weights, problems, only):
+        part: Part | None = None
+        with located:
+            part = _difference(tensor, theta_0(tensor.name), found)
         if part is not None:
-            parts[tensor.name] = part
+            yield tensor.name, part
+    problems.check()
 
-    _each_tensor(base, weights, subtract)
-    return Delta(parts, weights.origin)
+
+def finite_values(base: Sequence[BaseTensor], weights: Weights) -> Iterator[tuple[BaseTensor, torch.Tensor]]:
+    """The tensors of ``weights``, one after the other.
+
+    weights: as ``fitting`` gives them
+    Raises: CheckpointError, after the last tensor, when values are not finite
+    """
+    problems = _Problems()
+    for tensor, found, located in _values(base, weights, problems):
+        with located:
+            check_finite(found)
+        yield tensor, found
+    problems.check()
 
 
 def fitted(base: Sequence[BaseTensor], delta: Delta, origin: str) -> Delta:
@@ -88,42 +154,27 @@ def fitted(base: Sequence[BaseTensor], delta: Delta, origin: str) -> Delta:
     return Delta(parts, origin)
 
 
-def read_values(base: Sequence[BaseTensor], weights: Weights) -> dict[str, torch.Tensor]:
-    """The tensors of ``weights`` by the base's first names, each checked against the base's shape and type."""
-    values: dict[str, torch.Tensor] = {}
-
-    def keep(tensor: BaseTensor, found: torch.Tensor) -> None:
-        check_finite(found)
-        values[tensor.name] = found
-
-    _each_tensor(base, weights, keep)
-    return values
-
-
-def _each_tensor(
-    base: Sequence[BaseTensor], weights: Weights, visit: Callable[[BaseTensor, torch.Tensor], None]
-) -> None:
-    """Call ``visit`` for each tensor that ``weights`` has; raise the first problem with the number of others."""
-    weights = weights.named_like([name for tensor in base for name in tensor.names])
-    _check_names(base, weights)
-    problems: list[str] = []
-    for tensor in base:
-        first: torch.Tensor | None = None
-        for name in tensor.names:
-            if name not in weights.entries:
-                continue
-            entry = weights.entries[name]
-            try:
-                found = _checked(tensor, entry)
-                if first is None:
-                    visit(tensor, found)
-                    first = found
-                elif not torch.equal(first, found):
+def _values(
+    base: Sequence[BaseTensor], weights: Weights, problems: _Problems, only: Collection[str] | None = None
+) -> Iterator[tuple[BaseTensor, torch.Tensor, AbstractContextManager[None]]]:
+    """Each tensor that ``weights`` has, in the order of the names, and where to note what is wrong with it."""
+    for position, tensor in sorted(enumerate(base), key=lambda item: item[1].name):
+        names = [name for name in tensor.names if name in weights.entries]
+        if not names or (only is not None and tensor.name not in only):
+            continue
+        entry = weights.entries[names[0]]
+        found = _read(entry)
+        for name in names[1:]:
+            shared = weights.entries[name]
+            with problems.at(position, shared, name):
+                if not torch.equal(found, _read(shared)):
                     raise KeyProblem(f"must equal key {tensor.name!r}: the base shares one tensor between them")
-            except KeyProblem as problem:
-                problems.append(f"{entry.origin}: key {name!r} {problem}")
-    if problems:
-        raise CheckpointError(problems[0] + _more(len(problems) - 1))
+        yield tensor, found, problems.at(position, entry, names[0])
+
+
+def _read(entry: Entry) -> torch.Tensor:
+    found: torch.Tensor = entry.read()
+    return found.detach().to("cpu")
 
 
 def _check_names(base: Sequence[BaseTensor], weights: Weights) -> None:
@@ -144,42 +195,36 @@ def _more(count: int) -> str:
     return "" if count <= 0 else f" (and {count} more {'key' if count == 1 else 'keys'})"
 
 
-def _checked(tensor: BaseTensor, entry: Entry) -> torch.Tensor:
-    """The tensor of ``entry`` on the CPU, of the base tensor's shape and kind of dtype."""
-    found = entry.read()
-    if not isinstance(found, torch.Tensor):
-        raise KeyProblem(f"must be a tensor, found {type(found).__name__}")
-    if found.layout != torch.strided or found.is_meta:
-        kind = "on the meta device" if found.is_meta else f"with layout {found.layout}"
-        raise KeyProblem(f"must be a dense tensor with values, found one {kind}")
-    if found.shape != tensor.value.shape:
-        raise KeyProblem(f"must have shape {tuple(tensor.value.shape)} as in the base, found {tuple(found.shape)}")
-    allowed = FLOATING if tensor.value.is_floating_point() else INTEGER
-    if found.dtype not in allowed:
-        raise KeyProblem(f"must be {_names(allowed)}, found {_names([found.dtype])}")
-    return found.detach().to("cpu")
+def _check_entry(tensor: BaseTensor, entry: Entry) -> None:
+    if entry.problem:
+        raise KeyProblem(entry.problem)
+    if entry.shape != tensor.shape:
+        raise KeyProblem(f"must have shape {tensor.shape} as in the base, found {entry.shape}")
+    allowed = FLOATING if tensor.dtype.is_floating_point else INTEGER
+    if entry.dtype not in allowed:
+        raise KeyProblem(f"must be {_names(allowed)}, found {_names([entry.dtype])}")
 
 
-def _difference(tensor: BaseTensor, found: torch.Tensor) -> Dense | None:
-    if not found.is_floating_point():
-        if not torch.equal(found.to(torch.int64), tensor.value.to(torch.int64)):
+def _difference(tensor: BaseTensor, theta_0: torch.Tensor, found: torch.Tensor) -> Dense | None:
+    if not tensor.dtype.is_floating_point:
+        if not torch.equal(found.to(torch.int64), theta_0.to(torch.int64)):
             raise KeyProblem("must equal the base's value, because it holds integers, which have no delta")
         return None
-    dtype = wide(tensor.value.dtype, found.dtype)
-    value, base = found.to(dtype), tensor.value.to(dtype)
-    if torch.equal(value, base):
-        return None
-    delta = value - base
-    if not bool(torch.isfinite(delta).all()):
+    dtype = wide(theta_0.dtype, found.dtype)
+    delta = torch.empty_like(theta_0, dtype=dtype)
+    torch.sub(found.to(dtype), theta_0.to(dtype), out=delta)
+    least, most = extremes(delta)
+    if not (math.isfinite(least) and math.isfinite(most)):
         check_finite(found)
         raise KeyProblem(f"differs from the base by more than {_names([dtype])} can hold")
-    return Dense(delta)
+    # Floating-point numbers that differ have a difference: underflow is gradual.
+    return Dense(delta) if least or most else None
 
 
 def _checked_part(target: BaseTensor, part: Part) -> Part | None:
     """A copy of a part that fits its tensor; None where it changes nothing."""
-    shape = target.value.shape
-    if not target.value.is_floating_point():
+    shape = target.shape
+    if not target.dtype.is_floating_point:
         raise KeyProblem("must have no delta, because the base holds integers there")
     if not isinstance(part, Dense | LowRank):
         raise KeyProblem(f"must be a Dense or a LowRank part, found {type(part).__name__}")
@@ -190,12 +235,12 @@ def _checked_part(target: BaseTensor, part: Part) -> Part | None:
         check_finite(tensor)
     if isinstance(part, Dense):
         if part.value.shape != shape:
-            raise KeyProblem(f"must have shape {tuple(shape)} as in the base, found {tuple(part.value.shape)}")
-        return Dense(_copied(part.value)) if bool(part.value.any()) else None
+            raise KeyProblem(f"must have shape {shape} as in the base, found {tuple(part.value.shape)}")
+        return Dense(_copied(part.value)) if any(extremes(part.value)) else None
     up, down = part.up, part.down
     if len(shape) < 2 or up.dim() != 2 or up.shape[0] != shape[0] or down.shape != (up.shape[1], *shape[1:]):
         raise KeyProblem(
-            f"must have up (O, r) and down (r, *I) for the base's shape {tuple(shape)} (O, *I), "
+            f"must have up (O, r) and down (r, *I) for the base's shape {shape} (O, *I), "
             f"found {tuple(up.shape)} and {tuple(down.shape)}"
         )
     if up.dtype != down.dtype:
@@ -210,13 +255,34 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
 
 def check_finite(found: torch.Tensor) -> None:
     """Raise KeyProblem when a floating tensor holds NaN or infinity; integers always pass."""
+    if not found.is_floating_point() or all(map(math.isfinite, extremes(found))):
+        return
     bad = ~torch.isfinite(found)
-    if bool(bad.any()):
-        first = tuple(bad.nonzero()[0].tolist())
-        raise KeyProblem(
-            f"must be finite, found {int(bad.sum())} NaN or infinite of {found.numel()} values, the first at {first}"
-        )
+    first = tuple(bad.nonzero()[0].tolist())
+    raise KeyProblem(
+        f"must be finite, found {int(bad.sum())} NaN or infinite of {found.numel()} values, the first at {first}"
+    )
 
 
-def _names(dtypes: Sequence[torch.dtype]) -> str:
+def extremes(found: torch.Tensor) -> tuple[float, float]:
+    """The least and the greatest value: NaN where there is one, and zeros only where all are zero or there is none."""
+    if found.numel() == 0:
+        return 0.0, 0.0
+    # The reduction over memory as it lies is several times faster than over a permuted view of it.
+    dense = found.as_strided((found.numel(),), (1,)) if is_dense(found) else found
+    least, most = torch.aminmax(dense)
+    return float(least), float(most)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's elements fill its memory, in whatever order of its dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _names(dtypes: Sequence[torch.dtype | str]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

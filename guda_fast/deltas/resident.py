@@ -2,102 +2,177 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 
-from guda_fast.deltas.delta import Part, hash_tensors
+from guda_fast.deltas.delta import Dense, Part, TensorHash
 from guda_fast.deltas.diff import FLOATING, INTEGER, BaseTensor, KeyProblem, check_finite, wide
 from guda_fast.deltas.weights import named_tensors
 from guda_fast.errors import CheckpointError
 
+_Place = tuple[dict[str, Any], str]
 
-def base_tensors(model: torch.nn.Module, origin: str) -> list[BaseTensor]:
-    """The parameters and buffers of ``model``, shared ones once; values share the model's memory if they can.
 
-    Raises: CheckpointError for a tensor without finite values, or of a dtype that has no delta
-    """
+def base_tensors(model: torch.nn.Module) -> list[BaseTensor]:
+    """What there is of parameters and buffers in ``model``, shared ones once."""
     tensors = named_tensors(model)
     persistent = model.state_dict(keep_vars=True).keys()
     names: dict[Hashable, list[str]] = {}
     for name, tensor in tensors.items():
         names.setdefault(_memory(tensor), []).append(name)
-    return [
-        BaseTensor(tuple(shared), _host_value(shared[0], tensors[shared[0]], origin), persistent.isdisjoint(shared))
-        for shared in names.values()
-    ]
+    found = []
+    for shared in names.values():
+        tensor = tensors[shared[0]]
+        dtype = wide(tensor.dtype) if tensor.is_floating_point() else tensor.dtype
+        found.append(BaseTensor(tuple(shared), tuple(tensor.shape), dtype, persistent.isdisjoint(shared)))
+    return found
 
 
 class ResidentModel:
-    """A model whose tensors are written in place, and exact copies of what its dtype or a delta would lose.
+    """A model whose tensors are written in place, and exact copies of what that loses.
+
+    Methods that write or keep something are called without gradients and outside of inference mode.
+
+    theta_0 of a tensor is kept on the host (its master) from the first time that the tensor is overwritten, or as long
+    as the resident dtype is too narrow for it, or the model is on another device. Masters have the dtype that the base
+    came in and the memory layout of the resident tensor.
 
     model: the model, which this object owns; it is put into eval mode and takes no gradients
-    base: its tensors, as ``base_tensors`` gives them
-    changing: the names that some delta changes, for which theta_0 is kept on the host
+    origin: what an error calls the base
+    Raises: CheckpointError for a tensor without finite values, or of a dtype that has no delta
     """
 
-    def __init__(self, model: torch.nn.Module, base: Iterable[BaseTensor], changing: Collection[str]) -> None:
+    def __init__(self, model: torch.nn.Module, origin: str) -> None:
         self.model = model.eval().requires_grad_(False)
-        self._changing = frozenset(changing)
-        self._names: dict[str, tuple[str, ...]] = {}
-        self._wide: dict[str, torch.dtype] = {}
-        self._masters: dict[str, torch.Tensor] = {}
         tensors = named_tensors(model)
-        self._stored = {name: tensor.dtype for name, tensor in tensors.items()}
-        for tensor in base:
-            self._names[tensor.name] = tensor.names
-            self._wide[tensor.name] = tensor.value.dtype
-            if tensor.name in self._changing:
-                shared = _memory(tensor.value) == _memory(tensors[tensor.name])
-                self._masters[tensor.name] = tensor.value.clone() if shared else tensor.value
+        for name, tensor in tensors.items():
+            _check_usable(name, tensor, origin)
+        self.tensors = base_tensors(model)
+        self._stored = {tensor.name: tensors[tensor.name].dtype for tensor in self.tensors}
+        self._wide = {tensor.name: tensor.dtype for tensor in self.tensors}
+        self._masters: dict[str, torch.Tensor] = {}
+        self._places = self._find_places()
 
-    def write(self, parts: Iterable[tuple[str, Part | None]]) -> None:
-        """Write theta_0 + part, or theta_0 where the part is None, into the named tensors."""
-        tensors = named_tensors(self.model)
-        with torch.no_grad():
-            for name, part in parts:
-                self._write(tensors, name, part)
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next((self._resident(name).device for name in self._places), torch.device("cpu"))
+
+    def theta_0(self, name: str) -> torch.Tensor:
+        """The base's value on the CPU, in float32 or wider (integers as they are); it may share the model's memory."""
+        value = self._masters.get(name)
+        return (self._resident(name) if value is None else value).detach().to("cpu", self._wide[name])
+
+    def value(self, name: str, part: Part, out: torch.Tensor | None = None) -> torch.Tensor:
+        """theta_0 + part, formed in the widest of the dtypes that meet and rounded once to the resident one.
+
+        out: where to [a CPU tensor of the resident tensor's shape and dtype]
+        Returns: the value on the CPU, in ``out`` or not rounded yet
+        """
+        base, target = self._master(name), self._resident(name)
+        dtype = wide(base.dtype, part.dtype, target.dtype)
+        if out is None or out.dtype == dtype:
+            return part.added_to(base, dtype, out)
+        return out.copy_(part.added_to(base, dtype))
+
+    def write(self, name: str, part: Part) -> None:
+        """Write theta_0 + part into the resident tensor."""
+        target = self._resident(name)
+        self.put(name, self.value(name, part, target if target.device.type == "cpu" else None))
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """Copy a value into the resident tensor, behind the work that is queued on the device."""
+        for parameters, key in self._places[name]:
+            if parameters[key] is not value:
+                parameters[key].copy_(value, non_blocking=True)
+
+    def restore(self, name: str) -> None:
+        """Write theta_0 into the resident tensor."""
+        if name in self._masters:
+            self.put(name, self._masters[name])
+
+    def staging(self, name: str) -> torch.Tensor:
+        """New memory on the host from which a value is copied into the resident tensor as it lies."""
+        return _host_like(self._resident(name), self._resident(name).dtype)
+
+    def laid_out(self, name: str, part: Part) -> Part:
+        """The part with a dense difference in the memory layout of the resident tensor, where adding it is fast."""
+        target = self._resident(name)
+        if not isinstance(part, Dense) or part.value.stride() == target.stride():
+            return part
+        return Dense(torch.empty_like(target, dtype=part.dtype, device="cpu").copy_(part.value))
 
     def move(self, **how: Any) -> None:
         """``model.to(**how)``; must hold the base. What a narrower dtype would lose is kept on the host."""
         dtype: torch.dtype | None = how.get("dtype")
-        tensors = named_tensors(self.model)
-        lossy = [name for name in self._names if dtype is not None and self._loses(name, dtype)]
-        for name in lossy:
-            if name not in self._masters:
-                self._masters[name] = tensors[name].detach().to("cpu", self._wide[name], copy=True)
+        for name in self._stored:
+            if dtype is not None and self._loses(name, dtype):
+                self._master(name)
         # Not model.to: diffusers' own warns about modules that it would rather keep in float32.
         torch.nn.Module.to(self.model, **how)
-        if dtype is not None:
-            self.write((name, None) for name in self._masters)
-            keep = self._changing.union(lossy)
-            self._masters = {name: value for name, value in self._masters.items() if name in keep}
+        self._places = self._find_places()
+        for name in list(self._masters) if dtype is not None else ():
+            self.restore(name)
+        on_host = self.device.type == "cpu"
+        for name in self._stored:
+            value = self._masters.pop(name, None)
+            target = self._resident(name)
+            if target.is_floating_point() and (not on_host or self._loses(name, target.dtype)):
+                self._masters[name] = self._hosted(name, target if value is None else value)
 
     def hash(self, header: str) -> str:
         """A hash of theta_0 in the dtype it came in or float32; the resident dtype does not matter."""
-        tensors = named_tensors(self.model)
+        digest = TensorHash(header)
+        for name in sorted(self._stored):
+            digest.add(name, self.theta_0(name))
+        return digest.hex()
 
-        def base_value(name: str) -> torch.Tensor:
-            if name in self._masters:
-                return self._masters[name]
-            return tensors[name].detach().to("cpu", self._wide[name])
+    def _resident(self, name: str) -> torch.Tensor:
+        parameters, key = self._places[name][0]
+        tensor: torch.Tensor = parameters[key]
+        return tensor
 
-        return hash_tensors(((name, base_value(name)) for name in sorted(self._names)), header=header)
+    def _master(self, name: str) -> torch.Tensor:
+        """theta_0 on the host, kept from here on, because the resident tensor is about to lose it."""
+        if name not in self._masters:
+            self._masters[name] = self._hosted(name, self._resident(name))
+        return self._masters[name]
 
-    def _write(self, tensors: dict[str, torch.Tensor], name: str, part: Part | None) -> None:
-        master = self._masters[name]
-        # Names that shared memory when the model came may have been separated by a cast.
-        targets = {_memory(tensors[alias]): tensors[alias] for alias in self._names[name]}
-        for target in targets.values():
-            value = master
-            if part is not None:
-                value = part.added_to(master, wide(master.dtype, part.dtype, target.dtype))
-            target.copy_(value.to(target.dtype))
+    def _hosted(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """theta_0 in memory of its own on the host, in the resident layout; ``value`` itself if it is that."""
+        target = self._resident(name)
+        pinned = value.is_pinned() or not target.is_cuda
+        if value is not target and pinned and value.stride() == target.stride():
+            return value
+        return _host_like(target, self._stored[name]).copy_(value)
 
     def _loses(self, name: str, dtype: torch.dtype) -> bool:
         stored = self._stored[name]
         return stored.is_floating_point and torch.promote_types(stored, dtype) != dtype
+
+    def _find_places(self) -> dict[str, list[_Place]]:
+        """Where the resident tensors of each first name are kept, each memory once.
+
+        The places and not the tensors, which others may replace. Names that shared memory when the model came may
+        have been separated by a cast.
+        """
+        found: dict[str, list[_Place]] = {}
+        for tensor in self.tensors:
+            places: dict[Hashable, _Place] = {}
+            for name in tensor.names:
+                owner, _, key = name.rpartition(".")
+                module = self.model.get_submodule(owner)
+                holder = module._parameters if key in module._parameters else module._buffers
+                places.setdefault(_memory(holder[key]), (holder, key))
+            found[tensor.name] = list(places.values())
+        return found
+
+
+def _host_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Empty memory on the host in the layout of ``tensor``, pinned where that makes copies to its device asynchronous."""
+    return torch.empty_like(tensor, dtype=dtype, device="cpu", pin_memory=tensor.is_cuda)
 
 
 def _memory(tensor: torch.Tensor) -> Hashable:
@@ -107,13 +182,11 @@ def _memory(tensor: torch.Tensor) -> Hashable:
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
-def _host_value(name: str, tensor: torch.Tensor, origin: str) -> torch.Tensor:
+def _check_usable(name: str, tensor: torch.Tensor, origin: str) -> None:
     if tensor.is_meta or tensor.dtype not in FLOATING + INTEGER:
         found = "a tensor without values (meta)" if tensor.is_meta else str(tensor.dtype).removeprefix("torch.")
         raise CheckpointError(f"{origin}: key {name!r} must be a floating or integer tensor, found {found}")
-    value = tensor.detach().to("cpu", wide(tensor.dtype) if tensor.is_floating_point() else tensor.dtype)
     try:
-        check_finite(value)
+        check_finite(tensor.detach())
     except KeyProblem as problem:
         raise CheckpointError(f"{origin}: key {name!r} {problem}") from None
-    return value

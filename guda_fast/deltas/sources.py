@@ -15,7 +15,8 @@ from guda_fast.deltas.formats.state_dict import from_mapping, open_file
 from guda_fast.deltas.weights import Weights, from_module
 from guda_fast.errors import CheckpointError
 
-Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module | Delta
+Openable = str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module
+Source = Openable | Delta
 
 
 def check_source(source: object, name: str) -> None:
@@ -28,11 +29,11 @@ def check_source(source: object, name: str) -> None:
         )
 
 
-def open_source(source: str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module, name: str) -> Weights:
+def open_source(source: Openable, name: str) -> Weights:
     """Open a counterfactual: a diffusers folder, a state dict file, a state dict or a module.
 
     name: what the argument is called in messages about an object in memory
-    Returns: its tensors, read when asked for
+    Returns: its tensors, whose values are read when asked for
     Raises: CheckpointError for what cannot be read
     """
     if isinstance(source, torch.nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +14,21 @@ CONTAINERS = ("unet_state_dict", "model_state_dict", "state_dict", "unet")
 _PREFIXES = ("module.", "_orig_mod.", *(f"{container}." for container in CONTAINERS))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor that is read when asked for.
+    """One tensor that is read when asked for, and what is known of it before.
 
     origin: the file (or the description of the object) it comes from
-    read: gives the tensor; it may be a view of a mapped file
+    read: gives the tensor; it may share memory with an object that is not ours
+    shape, dtype: of the tensor; a dtype that torch lacks is given by its name
+    problem: why there is no tensor with plain values, empty if there is
     """
 
     origin: str
     read: Callable[[], Any]
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype | str = ""
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,14 @@ class Weights:
     entries: the tensors by name
     config: the model configuration, or None
     config_origin: the file of the configuration
+    files: all files that were read, none for an object in memory
     """
 
     origin: str
     entries: Mapping[str, Entry]
     config: Mapping[str, Any] | None = None
     config_origin: str = ""
+    files: tuple[Path, ...] = ()
 
     def named_like(self, expected: Collection[str]) -> Weights:
         """The same tensors without the wrapper prefixes (``module.``, ``unet.``, ...) that ``expected`` lacks."""
@@ -48,9 +56,20 @@ class Weights:
         return replace(self, entries=entries)
 
 
+def entry_of(value: object, origin: str) -> Entry:
+    """The entry of an object in memory, whether or not it is a tensor."""
+    if not isinstance(value, torch.Tensor):
+        return Entry(origin, lambda: value, problem=f"must be a tensor, found {type(value).__name__}")
+    problem = ""
+    if value.layout != torch.strided or value.is_meta:
+        kind = "on the meta device" if value.is_meta else f"with layout {value.layout}"
+        problem = f"must be a dense tensor with values, found one {kind}"
+    return Entry(origin, value.detach, tuple(value.shape), value.dtype, problem)
+
+
 def from_module(model: torch.nn.Module, origin: str) -> Weights:
     """The parameters and buffers of a module in memory."""
-    entries = {name: Entry(origin, tensor.detach) for name, tensor in named_tensors(model).items()}
+    entries = {name: entry_of(tensor, origin) for name, tensor in named_tensors(model).items()}
     return Weights(origin, entries, config=module_config(model), config_origin=origin)
 
 

@@ -39,12 +39,13 @@ def model_folder(folder: Path) -> Path:
 
 
 def open_folder(folder: Path) -> Weights:
-    """Open the model in a diffusers folder; tensors are read when asked for."""
+    """Open the model in a diffusers folder; values are read when asked for."""
     folder = model_folder(folder)
     config_path = folder / "config.json"
     weights = _weights_file(folder)
     opened = _open_shards(weights) if weights.suffix == ".json" else open_file(weights)
-    return Weights(opened.origin, opened.entries, read_json(config_path), str(config_path))
+    files = (*opened.files, config_path)
+    return Weights(opened.origin, opened.entries, read_json(config_path), str(config_path), files)
 
 
 def find_scheduler(folder: Path) -> dict[str, Any] | None:
@@ -147,8 +148,11 @@ def _open_shards(index: Path) -> Weights:
         if not (isinstance(name, str) and name not in ("", ".", "..") and name == Path(name).name):
             raise CheckpointError(f"{index}: key {key!r} must be in a file of this folder, found {name!r}")
     entries: dict[str, Entry] = {}
+    files = [index]
     for name in sorted(set(weight_map.values())):
-        for key, entry in open_file(index.parent / name).entries.items():
+        shard = open_file(index.parent / name)
+        files.extend(shard.files)
+        for key, entry in shard.entries.items():
             if weight_map.get(key) != name:
                 raise CheckpointError(f"{entry.origin}: key {key!r} is not listed for this file in {index.name}")
             entries[key] = entry
@@ -156,4 +160,4 @@ def _open_shards(index: Path) -> Weights:
         more = f" (and {len(missing) - 1} more keys)" if len(missing) > 1 else ""
         where = index.parent / weight_map[missing[0]]
         raise CheckpointError(f"{where}: key {missing[0]!r} is missing, {index.name} lists it{more}")
-    return Weights(str(index), entries)
+    return Weights(str(index), entries, files=tuple(files))

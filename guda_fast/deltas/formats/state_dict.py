@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
+import mmap
+import os
 import re
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from guda_fast.deltas.weights import CONTAINERS, Entry, Weights
+from guda_fast.deltas.weights import CONTAINERS, Entry, Weights, entry_of
 from guda_fast.errors import CheckpointError
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
 _LFS_POINTER = b"version https://git-lfs"
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 # What torch says of a pickle that is intact and asks for more than weights_only=True allows.
 _REFUSED = re.compile(r"(?<=GLOBAL )\S+|unrecognized function \S+|Can only (?:create|build) [^,]+|\S+ must be imported")
 
 
 def open_file(path: Path) -> Weights:
-    """Open a state dict file; whether it is safetensors or a torch checkpoint is read from its content."""
+    """Open a state dict file; whether it is safetensors or a torch checkpoint is read from its content.
+
+    Values are read when asked for, one tensor at a time, and leave nothing of the file in memory. Torch checkpoints of
+    the format before version 1.6 are the exception: they can only be read whole.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(len(_LFS_POINTER))
@@ -35,8 +56,7 @@ def open_file(path: Path) -> Weights:
     if start[8:9] == b"{":
         return _open_safetensors(path)
     if start.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)):
-        # Only the zip format can be mapped; older files are read whole.
-        return from_mapping(_load_pickle(path, mmap=start.startswith(_ZIP_MAGIC)), str(path))
+        return _open_pickle(path, zipped=start.startswith(_ZIP_MAGIC))
     raise CheckpointError(f"{path}: neither a safetensors file nor a torch checkpoint, or cut off at its start")
 
 
@@ -54,33 +74,85 @@ def from_mapping(loaded: object, origin: str) -> Weights:
         raise CheckpointError(
             f"{origin}: must hold tensors by name, at the top or under one of {', '.join(CONTAINERS)}; found {found}"
         )
-    return Weights(origin, {key: Entry(origin, partial(state.__getitem__, key)) for key in state})
+    return Weights(origin, {key: entry_of(value, origin) for key, value in state.items()})
+
+
+class _OpenFile:
+    """A file whose values are read into memory of their own, where a mapping would stay resident once touched."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, size: int) -> bytes:
+        """The first ``size`` bytes."""
+        return os.pread(self._descriptor, size, 0)
+
+    def tensor(self, key: str, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The tensor whose bytes begin at ``start``."""
+        tensor = torch.empty(shape, dtype=dtype)
+        rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        while rest:
+            try:
+                count = os.preadv(self._descriptor, [rest], start)
+            except OSError as error:
+                raise CheckpointError(f"{self._path}: key {key!r} cannot be read: {error}") from error
+            if count == 0:
+                raise CheckpointError(f"{self._path}: key {key!r} cannot be read: the file was cut off")
+            start, rest = start + count, rest[count:]
+        return tensor
 
 
 def _open_safetensors(path: Path) -> Weights:
     try:
-        handle: Any = safe_open(path, framework="pt", device="cpu")
-        keys = list(handle.keys())
+        # Checks the header, and the length of the file against it.
+        with safe_open(path, framework="pt", device="cpu"):
+            file = _OpenFile(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged or truncated safetensors file: {error}") from error
-    return Weights(str(path), {key: Entry(str(path), partial(_read_tensor, handle, path, key)) for key in keys})
+    values = 8 + int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(values)[8:])
+    entries = {}
+    for key, about in header.items():
+        if key != "__metadata__":
+            shape, dtype = tuple(about["shape"]), _SAFETENSORS_DTYPES.get(about["dtype"], about["dtype"])
+            read = partial(file.tensor, key, values + about["data_offsets"][0], shape, dtype)
+            entries[key] = Entry(str(path), read, shape, dtype)
+    return Weights(str(path), entries, files=(path,))
 
 
-def _read_tensor(handle: Any, path: Path, key: str) -> torch.Tensor:
-    try:
-        tensor: torch.Tensor = handle.get_tensor(key)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: key {key!r} cannot be read: {error}") from error
+def _open_pickle(path: Path, *, zipped: bool) -> Weights:
+    # Given a path that ends so, torch expects safetensors; a file object it takes as it is, but cannot map.
+    mapped = zipped and path.suffix != ".safetensors"
+    weights = from_mapping(_load_pickle(path, mapped=mapped), str(path))
+    entries = weights.entries
+    if mapped:
+        entries = {
+            key: entry if entry.problem else replace(entry, read=partial(_taken_out, entry.read))
+            for key, entry in entries.items()
+        }
+    return replace(weights, entries=entries, files=(path,))
+
+
+def _taken_out(read: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """A copy of a mapped tensor, whose pages are given back to the system."""
+    mapped = read()
+    tensor = mapped.clone()
+    storage = mapped.untyped_storage()
+    begin = storage.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = storage.data_ptr() + storage.nbytes() - begin
+    # Clean pages of a private mapping: whoever needs one again gets it from the file.
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
     return tensor
 
 
-def _load_pickle(path: Path, *, mmap: bool) -> object:
+def _load_pickle(path: Path, *, mapped: bool) -> object:
     try:
-        # Given a path that ends so, torch expects safetensors; a file object it takes as it is, but cannot map.
-        if path.suffix == ".safetensors":
-            with path.open("rb") as file:
-                return torch.load(file, map_location="cpu", weights_only=True)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if mapped:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     # A damaged pickle program can raise anything at all, and every case means the same to the user.
     except Exception as error:
         if refused := _REFUSED.search(str(error)):

@@ -1,0 +1,119 @@
+"""The counterfactual of one group: held in memory, or read from its files when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+from guda_fast.deltas.delta import Delta, Part
+from guda_fast.deltas.diff import differences
+from guda_fast.deltas.resident import ResidentModel
+from guda_fast.deltas.weights import Weights
+from guda_fast.errors import CheckpointError
+
+
+class HeldGroup:
+    """A counterfactual that came as an object: its delta is kept.
+
+    delta: checked, and in tensors that nobody else holds
+    resident: the model that it is written into
+    """
+
+    def __init__(self, delta: Delta, resident: ResidentModel) -> None:
+        self._parts = dict(sorted(delta.parts.items()))
+        self._resident = resident
+        self.origin = delta.origin
+        self.lay_out()
+
+    def parts(self, only: Collection[str] | None = None) -> Iterable[tuple[str, Part]]:
+        """The parts in the order of their names."""
+        return self._parts.items()
+
+    def delta(self, support: Callable[[], Collection[str]]) -> Delta:
+        """The delta."""
+        return Delta(self._parts, self.origin)
+
+    def lay_out(self) -> None:
+        """Give dense parts the memory layout of the resident tensors, one after the other."""
+        for name, part in self._parts.items():
+            self._parts[name] = self._resident.laid_out(name, part)
+
+
+class FileGroup:
+    """A counterfactual in files: nothing of it is kept but where it is.
+
+    open_checked: opens its files and checks all that can be checked without values
+    resident: the model that it is written into
+    Raises: CheckpointError from ``open_checked``
+    """
+
+    def __init__(self, open_checked: Callable[[], Weights], resident: ResidentModel) -> None:
+        weights = open_checked()
+        self._open_checked = open_checked
+        self._resident = resident
+        self._stamps = {path: _stamp(path) for path in weights.files}
+        self.origin = weights.origin
+
+    def parts(self, only: Collection[str] | None = None) -> Iterable[tuple[str, Part]]:
+        """The parts in the order of their names, each read when its turn comes.
+
+        only: the names to read; None for all
+        Raises: CheckpointError when the files have changed, or hold values that cannot be used
+        """
+        return self.read(self.open(), only)
+
+    def delta(self, support: Callable[[], Collection[str]]) -> Delta:
+        """The delta, each part of which is read whenever it is asked for.
+
+        support: gives the names of the parts
+        """
+        return Delta(_FileParts(self, support), self.origin)
+
+    def lay_out(self) -> None:
+        """Nothing to do: parts are formed in the layout of the resident model."""
+
+    def open(self) -> Weights:
+        """Open the files again, if they are still those that the bank was loaded from."""
+        for path, stamp in self._stamps.items():
+            if _stamp(path) != stamp:
+                raise CheckpointError(f"{path}: has changed since DeltaBank.load read its header; load the bank again")
+        return self._open_checked()
+
+    def read(self, weights: Weights, only: Collection[str] | None = None) -> Iterator[tuple[str, Part]]:
+        """The parts of opened files."""
+        return differences(self._resident.tensors, weights, self._resident.theta_0, only)
+
+
+class _FileParts(Mapping[str, Part]):
+    """The parts of a counterfactual in files; none is kept, so that walking through them needs memory for one."""
+
+    def __init__(self, group: FileGroup, support: Callable[[], Collection[str]]) -> None:
+        self._group = group
+        self._support = support
+
+    @cached_property
+    def _weights(self) -> Weights:
+        return self._group.open()
+
+    def __getitem__(self, name: str) -> Part:
+        if name not in self._support():
+            raise KeyError(name)
+        return dict(self._group.read(self._weights, (name,)))[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._support())
+
+    def __len__(self) -> int:
+        return len(self._support())
+
+
+Group = HeldGroup | FileGroup
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
