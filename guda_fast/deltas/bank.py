@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, overload
@@ -92,9 +92,9 @@ class DeltaBank:
             opened = open_base(base, scheduler)
             bank = cls(opened, ResidentModel(opened.model, opened.origin), allow_identical=allow_identical)
             for group, source in counterfactuals.items():
-                bank._sources[group] = bank._open(source, f"counterfactuals[{group!r}]")
-                if isinstance(bank._sources[group], HeldGroup):
-                    next(bank._refuse_identical(group, bank._parts(group)), None)
+                opened_source = bank._sources[group] = bank._open(source, f"counterfactuals[{group!r}]")
+                if isinstance(opened_source, HeldGroup):
+                    bank._check_different(group, opened_source.names)
         return bank
 
     @property
@@ -118,9 +118,7 @@ class DeltaBank:
 
         Parts of a group in files are read whenever they are asked for, and not kept.
         """
-        return tuple(
-            source.delta(lambda group=group: self.survey(group).support) for group, source in self._sources.items()
-        )
+        return tuple(source.delta(partial(self._support, group)) for group, source in self._sources.items())
 
     @property
     def applied_group(self) -> str | None:
@@ -171,9 +169,11 @@ class DeltaBank:
         names = self.groups if group is None else (self._name(group),)
         for done, name in enumerate(names, 1):
             if name not in self._surveys:
+                source = self._sources[name]
                 with torch.no_grad():
-                    parts = self._refuse_identical(name, self._parts(name))
-                    self._surveys[name] = survey(self._sources[name].origin, parts, self._resident.theta_0)
+                    found = survey(source.origin, source.parts(), self._resident.theta_0)
+                self._check_different(name, found.support)
+                self._surveys[name] = found
             if progress is not None:
                 progress(done, len(names))
         return {name: self._surveys[name] for name in names} if group is None else self._surveys[names[0]]
@@ -189,13 +189,14 @@ class DeltaBank:
         """
         name = self._name(group)
         if name != self._applied and stages(self._resident.device):
-            self._staging.begin(name, partial(self._parts, name))
+            self._staging.begin(name, self._parts(name))
 
     def apply(self, group: int | str) -> torch.nn.Module:
         """Make the resident model the counterfactual of ``group``, in place.
 
-        Only tensors that differ from what is resident are written, into the memory they have; on a CUDA device the
-        copies are queued on the current stream. When that fails, the base is restored.
+        Surveys the group first, if that was not done. Only tensors that differ from what is resident are written, into
+        the memory they have; on a CUDA device the copies are queued on the current stream. When that fails, the base
+        is restored.
 
         group: a name, or its position in ``groups`` [0 <= k < K]
         Returns: the resident model
@@ -203,13 +204,13 @@ class DeltaBank:
         """
         name = self._name(group)
         if name != self._applied:
+            parts = self._parts(name)
             try:
                 if stages(self._resident.device):
-                    values = self._staging.take(name, partial(self._parts, name))
-                    self._write(self._refuse_identical(name, values), self._resident.put)
+                    self._write(self._staging.take(name, parts), self._resident.put)
                     self._staging.copied()
                 else:
-                    self._write(self._refuse_identical(name, self._parts(name)), self._resident.write)
+                    self._write(parts(), self._resident.write)
             except BaseException:
                 self.restore()
                 raise
@@ -294,22 +295,22 @@ class DeltaBank:
             check_config(self._base.config, type(self.model), weights)
         return fitting(self._resident.tensors, weights)
 
-    def _parts(self, group: str) -> Iterable[tuple[str, Part]]:
-        """The parts of a group in the order of their names; what a survey found unchanged is not read again."""
-        found = self._surveys.get(group)
-        return self._sources[group].parts(None if found is None else found.support)
+    def _support(self, group: str) -> Collection[str]:
+        return self.survey(group).support
 
-    def _refuse_identical(self, group: str, parts: Iterable[tuple[str, _T]]) -> Iterator[tuple[str, _T]]:
-        """``parts`` as they are, and an error if there is none."""
-        changed = False
-        for item in parts:
-            changed = True
-            yield item
+    def _check_different(self, group: str, changed: Collection[str]) -> None:
         if not (changed or self._allow_identical):
             raise CheckpointError(
                 f"{self._sources[group].origin}: equals the base ({self._base.origin}) in every parameter, so that "
                 f"group {group!r} would score zero everywhere; pass allow_identical=True if that is meant"
             )
+
+    def _parts(self, group: str) -> Callable[[], Iterable[tuple[str, Part]]]:
+        """Gives the parts of a group, of which only what the survey found changed is read."""
+        support = self.survey(group).support
+        with torch.inference_mode(False), torch.no_grad():
+            self._resident.keep(support)
+        return partial(self._sources[group].parts, support)
 
     def _write(self, parts: Iterable[tuple[str, _T]], write: Callable[[str, _T], None]) -> None:
         """Write ``parts``, and the base wherever the model may still differ from it."""
@@ -321,6 +322,7 @@ class DeltaBank:
                 self._changed.add(name)
                 write(name, part)
                 written.add(name)
+                del part  # the next one is formed in its memory
             for name in self._changed - written:
                 self._resident.restore(name)
         self._changed = written

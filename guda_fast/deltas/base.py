@@ -77,7 +77,7 @@ def _load_model(config: Mapping[str, Any], weights: Weights) -> torch.nn.Module:
     model = build_model(config, weights.config_origin)
     tensors = base_tensors(model)
     weights = fitting(tensors, weights)
-    stored = (entry.dtype for entry in weights.entries.values() if isinstance(entry.dtype, torch.dtype))
+    stored = {entry.dtype for entry in weights.entries.values()}
     torch.nn.Module.to(model, dtype=wide(*(dtype for dtype in stored if dtype.is_floating_point)))
     targets = named_tensors(model)
     with torch.no_grad():

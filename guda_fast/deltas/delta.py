@@ -12,6 +12,11 @@ import torch
 HASH_BYTES = 16
 
 
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``tensor.to(dtype)``, which alone takes longer than adding a bias."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class Dense:
     """The difference of one parameter, element for element.
@@ -23,7 +28,7 @@ class Dense:
 
     def added_to(self, base: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """theta_0 + delta, formed in ``dtype``; in ``out`` if that is given, which must have this dtype."""
-        return torch.add(base.to(dtype), self.value.to(dtype), out=out)
+        return torch.add(cast(base, dtype), cast(self.value, dtype), out=out)
 
     def full(self, shape: torch.Size) -> torch.Tensor:
         """The difference, element for element."""
@@ -53,8 +58,8 @@ class LowRank:
 
     def added_to(self, base: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """theta_0 + delta, formed in ``dtype``; in ``out`` if that is given, which must have this dtype."""
-        product = self.up.to(dtype) @ self.down.to(dtype).flatten(1)
-        return torch.add(base.to(dtype), product.view(base.shape), out=out)
+        product = cast(self.up, dtype) @ cast(self.down, dtype).flatten(1)
+        return torch.add(cast(base, dtype), product.view(base.shape), out=out)
 
     def full(self, shape: torch.Size) -> torch.Tensor:
         """The difference, element for element."""

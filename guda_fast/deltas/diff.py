@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from operator import itemgetter
 
 import torch
 
-from guda_fast.deltas.delta import Delta, Dense, LowRank, Part
+from guda_fast.deltas.delta import Delta, Dense, LowRank, Part, cast
 from guda_fast.deltas.weights import Entry, Weights
 from guda_fast.errors import CheckpointError
 
@@ -50,17 +49,30 @@ class _Problems:
     def __init__(self) -> None:
         self._found: list[tuple[int, str]] = []
 
-    @contextmanager
-    def at(self, position: int, entry: Entry, name: str) -> Iterator[None]:
-        try:
-            yield
-        except KeyProblem as problem:
-            self._found.append((position, f"{entry.origin}: key {name!r} {problem}"))
+    def at(self, position: int, entry: Entry, name: str) -> _Located:
+        """A context in which a KeyProblem is noted as one of a key."""
+        return _Located(self._found, position, entry, name)
 
     def check(self) -> None:
         if self._found:
             _, first = min(self._found, key=itemgetter(0))
             raise CheckpointError(first + _more(len(self._found) - 1))
+
+
+@dataclass(slots=True)
+class _Located:
+    found: list[tuple[int, str]]
+    position: int
+    entry: Entry
+    name: str
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, problem: object, trace: object) -> bool:
+        if isinstance(problem, KeyProblem):
+            self.found.append((self.position, f"{self.entry.origin}: key {self.name!r} {problem}"))
+        return isinstance(problem, KeyProblem)
 
 
 @cache
@@ -108,12 +120,13 @@ def differences(
     Raises: CheckpointError, after the last tensor, when values are not finite or contradict the base
     """
     problems = _Problems()
-    for tensor, found, located in _values(base, weights, problems, only):
+    for tensor, entry, located in _present(base, weights, problems, only):
         part: Part | None = None
         with located:
-            part = _difference(tensor, theta_0(tensor.name), found)
+            part = _difference(tensor, theta_0(tensor.name), entry)
         if part is not None:
             yield tensor.name, part
+        del part  # the next one is formed in its memory
     problems.check()
 
 
@@ -124,10 +137,12 @@ def finite_values(base: Sequence[BaseTensor], weights: Weights) -> Iterator[tupl
     Raises: CheckpointError, after the last tensor, when values are not finite
     """
     problems = _Problems()
-    for tensor, found, located in _values(base, weights, problems):
+    for tensor, entry, located in _present(base, weights, problems):
+        found: torch.Tensor = entry.read()
         with located:
             check_finite(found)
         yield tensor, found
+        del found  # the next one is read into its memory
     problems.check()
 
 
@@ -154,27 +169,21 @@ def fitted(base: Sequence[BaseTensor], delta: Delta, origin: str) -> Delta:
     return Delta(parts, origin)
 
 
-def _values(
+def _present(
     base: Sequence[BaseTensor], weights: Weights, problems: _Problems, only: Collection[str] | None = None
-) -> Iterator[tuple[BaseTensor, torch.Tensor, AbstractContextManager[None]]]:
+) -> Iterator[tuple[BaseTensor, Entry, _Located]]:
     """Each tensor that ``weights`` has, in the order of the names, and where to note what is wrong with it."""
     for position, tensor in sorted(enumerate(base), key=lambda item: item[1].name):
         names = [name for name in tensor.names if name in weights.entries]
         if not names or (only is not None and tensor.name not in only):
             continue
         entry = weights.entries[names[0]]
-        found = _read(entry)
         for name in names[1:]:
             shared = weights.entries[name]
             with problems.at(position, shared, name):
-                if not torch.equal(found, _read(shared)):
+                if not torch.equal(entry.read(), shared.read()):
                     raise KeyProblem(f"must equal key {tensor.name!r}: the base shares one tensor between them")
-        yield tensor, found, problems.at(position, entry, names[0])
-
-
-def _read(entry: Entry) -> torch.Tensor:
-    found: torch.Tensor = entry.read()
-    return found.detach().to("cpu")
+        yield tensor, entry, problems.at(position, entry, names[0])
 
 
 def _check_names(base: Sequence[BaseTensor], weights: Weights) -> None:
@@ -205,14 +214,16 @@ def _check_entry(tensor: BaseTensor, entry: Entry) -> None:
         raise KeyProblem(f"must be {_names(allowed)}, found {_names([entry.dtype])}")
 
 
-def _difference(tensor: BaseTensor, theta_0: torch.Tensor, found: torch.Tensor) -> Dense | None:
+def _difference(tensor: BaseTensor, theta_0: torch.Tensor, entry: Entry) -> Dense | None:
     if not tensor.dtype.is_floating_point:
-        if not torch.equal(found.to(torch.int64), theta_0.to(torch.int64)):
+        if not torch.equal(entry.read().to(torch.int64), theta_0.to(torch.int64)):
             raise KeyProblem("must equal the base's value, because it holds integers, which have no delta")
         return None
-    dtype = wide(theta_0.dtype, found.dtype)
+    dtype = wide(theta_0.dtype, entry.dtype)
+    # Before what is read, which is freed first: the heap grows by no more than both.
     delta = torch.empty_like(theta_0, dtype=dtype)
-    torch.sub(found.to(dtype), theta_0.to(dtype), out=delta)
+    found: torch.Tensor = entry.read()
+    torch.sub(cast(found, dtype), cast(theta_0, dtype), out=delta)
     least, most = extremes(delta)
     if not (math.isfinite(least) and math.isfinite(most)):
         check_finite(found)
@@ -271,7 +282,7 @@ def extremes(found: torch.Tensor) -> tuple[float, float]:
     # The reduction over memory as it lies is several times faster than over a permuted view of it.
     dense = found.as_strided((found.numel(),), (1,)) if is_dense(found) else found
     least, most = torch.aminmax(dense)
-    return float(least), float(most)
+    return least.item(), most.item()
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -284,5 +295,5 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _names(dtypes: Sequence[torch.dtype | str]) -> str:
+def _names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -26,6 +26,11 @@ class HeldGroup:
         self.origin = delta.origin
         self.lay_out()
 
+    @property
+    def names(self) -> Collection[str]:
+        """The names of the parts."""
+        return self._parts.keys()
+
     def parts(self, only: Collection[str] | None = None) -> Iterable[tuple[str, Part]]:
         """The parts in the order of their names."""
         return self._parts.items()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
 
-from guda_fast.deltas.delta import Dense, Part, TensorHash
+from guda_fast.deltas.delta import Dense, Part, TensorHash, cast
 from guda_fast.deltas.diff import FLOATING, INTEGER, BaseTensor, KeyProblem, check_finite, wide
 from guda_fast.deltas.weights import named_tensors
 from guda_fast.errors import CheckpointError
@@ -63,7 +63,14 @@ class ResidentModel:
     def theta_0(self, name: str) -> torch.Tensor:
         """The base's value on the CPU, in float32 or wider (integers as they are); it may share the model's memory."""
         value = self._masters.get(name)
-        return (self._resident(name) if value is None else value).detach().to("cpu", self._wide[name])
+        if value is None:
+            value = self._resident(name).detach().to("cpu")
+        return cast(value, self._wide[name])
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Keep theta_0 of tensors that will be overwritten; all at once, lest temporary memory leaves gaps between."""
+        for name in names:
+            self._master(name)
 
     def value(self, name: str, part: Part, out: torch.Tensor | None = None) -> torch.Tensor:
         """theta_0 + part, formed in the widest of the dtypes that meet and rounded once to the resident one.
@@ -164,14 +171,14 @@ class ResidentModel:
             for name in tensor.names:
                 owner, _, key = name.rpartition(".")
                 module = self.model.get_submodule(owner)
-                holder = module._parameters if key in module._parameters else module._buffers
+                holder: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
                 places.setdefault(_memory(holder[key]), (holder, key))
             found[tensor.name] = list(places.values())
         return found
 
 
 def _host_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Empty memory on the host in the layout of ``tensor``, pinned where that makes copies to its device asynchronous."""
+    """Empty memory on the host in the layout of ``tensor``, pinned where copies to its device are asynchronous then."""
     return torch.empty_like(tensor, dtype=dtype, device="cpu", pin_memory=tensor.is_cuda)
 
 

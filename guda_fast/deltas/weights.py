@@ -19,16 +19,16 @@ class Entry:
     """One tensor that is read when asked for, and what is known of it before.
 
     origin: the file (or the description of the object) it comes from
-    read: gives the tensor; it may share memory with an object that is not ours
-    shape, dtype: of the tensor; a dtype that torch lacks is given by its name
+    read: gives the tensor on the CPU; it may share memory with an object that is not ours
     problem: why there is no tensor with plain values, empty if there is
+    shape, dtype: of the tensor, if there is no problem
     """
 
     origin: str
     read: Callable[[], Any]
-    shape: tuple[int, ...] = ()
-    dtype: torch.dtype | str = ""
     problem: str = ""
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Weights:
 def entry_of(value: object, origin: str) -> Entry:
     """The entry of an object in memory, whether or not it is a tensor."""
     if not isinstance(value, torch.Tensor):
-        return Entry(origin, lambda: value, problem=f"must be a tensor, found {type(value).__name__}")
+        return Entry(origin, lambda: value, f"must be a tensor, found {type(value).__name__}")
     problem = ""
     if value.layout != torch.strided or value.is_meta:
         kind = "on the meta device" if value.is_meta else f"with layout {value.layout}"
         problem = f"must be a dense tensor with values, found one {kind}"
-    return Entry(origin, value.detach, tuple(value.shape), value.dtype, problem)
+    return Entry(origin, lambda: value.detach().to("cpu"), problem, tuple(value.shape), value.dtype)
 
 
 def from_module(model: torch.nn.Module, origin: str) -> Weights:

@@ -92,7 +92,7 @@ class _OpenFile:
     def tensor(self, key: str, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The tensor whose bytes begin at ``start``."""
         tensor = torch.empty(shape, dtype=dtype)
-        rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        rest = tensor.view(-1).view(torch.uint8).numpy().data
         while rest:
             try:
                 count = os.preadv(self._descriptor, [rest], start)
@@ -116,9 +116,11 @@ def _open_safetensors(path: Path) -> Weights:
     entries = {}
     for key, about in header.items():
         if key != "__metadata__":
-            shape, dtype = tuple(about["shape"]), _SAFETENSORS_DTYPES.get(about["dtype"], about["dtype"])
+            shape, dtype = tuple(about["shape"]), _SAFETENSORS_DTYPES.get(about["dtype"], torch.uint8)
             read = partial(file.tensor, key, values + about["data_offsets"][0], shape, dtype)
-            entries[key] = Entry(str(path), read, shape, dtype)
+            foreign = about["dtype"] not in _SAFETENSORS_DTYPES
+            problem = f"must be floating or integer values of 8 bits or more, found {about['dtype']}" if foreign else ""
+            entries[key] = Entry(str(path), read, problem, shape, dtype)
     return Weights(str(path), entries, files=(path,))
 
 
