@@ -142,6 +142,13 @@ def test_bad_keys_are_named_with_their_file(
         torch.save(state, source)
     else:
         safetensors.torch.save_file(state, source)
+    if form != "memory" and spoil in (spoil_nan, spoil_infinite):
+        bank = DeltaBank.load(base, {"g": source})
+        for use in (bank.survey, lambda: bank.apply("g")):
+            with pytest.raises(CheckpointError, match=f"^{origin}: {message}"):
+                use()
+        assert bank.applied_group is None
+        return
     with pytest.raises(CheckpointError, match=f"^{origin}: {message}"):
         DeltaBank.load(base, {"g": source})
 
