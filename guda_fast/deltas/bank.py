@@ -204,8 +204,8 @@ class DeltaBank:
         """
         name = self._name(group)
         if name != self._applied:
-            parts = self._parts(name)
             try:
+                parts = self._parts(name)
                 if stages(self._resident.device):
                     self._write(self._staging.take(name, parts), self._resident.put)
                     self._staging.copied()

@@ -90,10 +90,11 @@ class ResidentModel:
         self.put(name, self.value(name, part, target if target.device.type == "cpu" else None))
 
     def put(self, name: str, value: torch.Tensor) -> None:
-        """Copy a value into the resident tensor, behind the work that is queued on the device."""
+        """Copy a value into the resident tensor; on a CUDA device, behind the work on the current stream."""
         for parameters, key in self._places[name]:
-            if parameters[key] is not value:
-                parameters[key].copy_(value, non_blocking=True)
+            target = parameters[key]
+            if target is not value:
+                target.copy_(value, non_blocking=target.is_cuda)
 
     def restore(self, name: str) -> None:
         """Write theta_0 into the resident tensor."""
@@ -120,8 +121,9 @@ class ResidentModel:
         # Not model.to: diffusers' own warns about modules that it would rather keep in float32.
         torch.nn.Module.to(self.model, **how)
         self._places = self._find_places()
-        for name in list(self._masters) if dtype is not None else ():
-            self.restore(name)
+        if dtype is not None:
+            for name in self._masters:
+                self.restore(name)
         on_host = self.device.type == "cpu"
         for name in self._stored:
             value = self._masters.pop(name, None)

@@ -27,7 +27,7 @@ class Staging:
     def __init__(self, resident: ResidentModel) -> None:
         self._resident = resident
         self._buffers: dict[str, torch.Tensor] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="guda_fast-prefetch")
+        self._thread: ThreadPoolExecutor | None = None
         self._next: tuple[str, Future[list[str]]] | None = None
         self._copied: torch.cuda.Event | None = None
 
@@ -36,6 +36,8 @@ class Staging:
         if self._next is not None and self._next[0] == group:
             return
         self.finish()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="guda_fast-prefetch")
         self._next = group, self._thread.submit(self._form, parts)
 
     def take(self, group: str, parts: Parts) -> Iterable[tuple[str, torch.Tensor]]:
@@ -46,8 +48,13 @@ class Staging:
         self.begin(group, parts)
         assert self._next is not None
         formed = self._next[1]
-        self._next = None
-        return [(name, self._buffers[name]) for name in formed.result()]
+        try:
+            names = formed.result()
+        finally:
+            # An interruption leaves the thread at work, and ``finish`` to wait for it.
+            if formed.done():
+                self._next = None
+        return [(name, self._buffers[name]) for name in names]
 
     def copied(self) -> None:
         """The copies of what was taken are queued on the current stream."""
