@@ -90,10 +90,9 @@ def test_prefetched_models_are_those_that_apply_writes(
 @pytest.mark.usefixtures("staged")
 def test_a_move_starts_anew(base: torch.nn.Module, others: dict[str, torch.nn.Module]) -> None:
     bank, expected = DeltaBank.load(base, others), DeltaBank.load(base, others)
-    bank.prefetch("a")
-    bank.to(dtype=torch.float16, memory_format=torch.channels_last)
+    bank.to(dtype=torch.float16).apply("a")
     bank.prefetch("b")
-    expected.to(dtype=torch.float16)
+    bank.to(dtype=torch.float32, memory_format=torch.channels_last).restore()
     for group in ("a", "b"):
         bank.apply(group)
         expected.apply(group)
@@ -145,3 +144,28 @@ def test_on_a_cpu_prefetch_does_nothing(base: torch.nn.Module, files: dict[str, 
     assert bank._staging._next is None and not bank._staging._buffers
     with pytest.raises(ValueError, match="group must be one of 'a', 'b', got 'c'"):
         bank.prefetch("c")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_cuda_device(
+    base: torch.nn.Module, others: dict[str, torch.nn.Module], files: dict[str, Path], dtype: torch.dtype
+) -> None:
+    """The same bits as on the CPU, in the same memory, with copies queued while the one before may still be read."""
+    how = {"dtype": dtype, "memory_format": torch.channels_last}
+    bank, expected = DeltaBank.load(base, files).to("cuda", **how), DeltaBank.load(base, others).to("cpu", **how)
+    pointers = {name: tensor.data_ptr() for name, tensor in bank.model.state_dict().items()}
+    for _ in range(3):
+        for group, following in (("a", "b"), ("b", "a")):
+            bank.apply(group)
+            bank.prefetch(following)
+            expected.apply(group)
+            for name, tensor in expected.model.state_dict().items():
+                assert torch.equal(bank.model.state_dict()[name].cpu(), tensor), name
+    bank.restore()
+    expected.restore()
+    for name, tensor in expected.model.state_dict().items():
+        assert torch.equal(bank.model.state_dict()[name].cpu(), tensor), name
+    assert {name: tensor.data_ptr() for name, tensor in bank.model.state_dict().items()} == pointers
+    assert all(buffer.is_pinned() for buffer in bank._staging._buffers.values())
+    assert all(master.is_pinned() for master in bank._resident._masters.values())

@@ -48,19 +48,27 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_a_survey_of_dense_and_low_rank_parts(memory_format: torch.memory_format) -> None:
-    """Tensors below and above the length of a chunk, in one model."""
+    """Tensors above the length of a chunk and below, of which two do not fit into one."""
     torch.manual_seed(0)
-    base = torch.nn.Sequential(torch.nn.Conv2d(96, 96, 3), torch.nn.Linear(300, 500), torch.nn.LayerNorm(7))
+    base = torch.nn.Sequential(
+        torch.nn.Conv2d(96, 96, 3),
+        torch.nn.Linear(300, 500),
+        torch.nn.LayerNorm(7),
+        torch.nn.Linear(200, 250),
+        torch.nn.Linear(250, 200),
+    )
     parts = {
         "0.weight": Dense(1e-3 * torch.randn(96, 96, 3, 3)),
         "0.bias": Dense(1e-3 * torch.randn(96)),
         "1.weight": LowRank(0.03 * torch.randn(500, 2), 0.03 * torch.randn(2, 300)),
         "2.bias": Dense(1e-3 * torch.randn(7)),
+        "3.weight": Dense(1e-3 * torch.randn(250, 200)),
+        "4.weight": Dense(1e-3 * torch.randn(200, 250)),
     }
     delta = Delta(parts)
     bank = DeltaBank.load(base, {"g": delta}).to(memory_format=memory_format)
     found = bank.survey("g")
-    assert found.support == {"0.bias": "dense", "0.weight": "dense", "1.weight": "low-rank", "2.bias": "dense"}
+    assert found.support == {name: "low-rank" if name == "1.weight" else "dense" for name in parts}
     assert (found.hash, found.bytes) == (delta.hash, delta.bytes)
     theta = torch.cat([base.state_dict()[name].flatten() for name in parts])
     true = torch.cat([part.full(base.state_dict()[name].shape).flatten() for name, part in parts.items()])
