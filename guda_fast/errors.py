@@ -11,3 +11,7 @@ class CheckpointError(ValueError):
 
 class CancelledError(RuntimeError):
     """The caller's ``cancel`` callback asked a long computation to stop."""
+
+
+class BatchedUnavailableError(RuntimeError):
+    """Many models cannot go through one forward of this network; names the parameter or layer and says why."""

@@ -1,0 +1,352 @@
+"""Layers whose rows belong to many models: each computes the rows that differ, with each row's own parameters.
+
+Imports diffusers: imported where a batched model is made.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers.models import normalization
+from torch import Tensor, nn
+
+from guda_fast import ops
+from guda_fast.deltas.delta import Dense, LowRank, Part
+from guda_fast.errors import BatchedUnavailableError
+from guda_fast.forward._fused_modules import FusedGroupNorm
+from guda_fast.forward._routing import Kind, RowModels, Segment, Selection
+
+_LEAVES = {
+    nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding, nn.GroupNorm, FusedGroupNorm, nn.LayerNorm, nn.RMSNorm,
+    normalization.FP32LayerNorm, normalization.RMSNorm,
+}  # fmt: skip
+
+
+def leaves(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that map each row by itself with parameters of their own, by name."""
+
+    def is_leaf(module: nn.Module) -> bool:
+        original = type(module).__mro__[2] if isinstance(module, BatchedLeaf) else type(module)
+        rewrites = isinstance(module, nn.Embedding) and module.max_norm is not None
+        return original in _LEAVES and not rewrites and any(p is not None for p in module._parameters.values())
+
+    return {name: module for name, module in model.named_modules() if is_leaf(module)}
+
+
+class Layer(Protocol):
+    """One layer of many models."""
+
+    merges: bool
+    """Whether `add` reads ``merged``."""
+
+    def add(self, model: int, parts: Mapping[str, Part], merged: Mapping[str, Tensor]) -> None:
+        """Give a model its own parameters; models come in ascending order.
+
+        parts: differences by attribute ("weight", "bias"). merged: the same as base and difference in one, which
+        change later.
+        """
+
+    def finish(self) -> None:
+        """After all models."""
+
+    def __call__(self, x: Tensor, selection: Selection) -> Tensor:
+        """The rows of ``x`` are those that ``selection`` selects."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory beside the base."""
+
+
+class SeparateLayer:
+    """One call of the original's code for each segment of rows, with the parameters of its model.
+
+    Merged beforehand, which no call pays for; a low-rank difference of fewer than 32 bits stays a branch, since
+    rounding the sum may erase it.
+    """
+
+    merges = True
+
+    def __init__(self, module: nn.Module, models: int) -> None:
+        self._base = module
+        self._variants = [module] * models
+        self._branches: dict[int, tuple[nn.Module, Tensor]] = {}
+
+    def add(self, model: int, parts: Mapping[str, Part], merged: Mapping[str, Tensor]) -> None:
+        own = dict(self._base._parameters)
+        for name, part in parts.items():
+            base = own[name]
+            assert base is not None, "a part belongs to a parameter"
+            if isinstance(part, LowRank) and base.dtype.itemsize < 4 and _has_factors(self._base):
+                up, down = part.up.to(base), part.down.to(base)
+                self._branches[model] = (_with_parameters(self._base, {"weight": down, "bias": None}), up)
+            else:
+                own[name] = merged[name].detach().clone()  # type: ignore[assignment]
+        self._variants[model] = _with_parameters(self._base, own)
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def __call__(self, x: Tensor, selection: Selection) -> Tensor:
+        parts = [self._run(segment.model, x[segment.rows]) for segment in self._runs(selection)]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else self._run(0, x)
+
+    def _runs(self, selection: Selection) -> Iterator[Segment]:
+        """The segments, joined where neighbours have the same parameters."""
+        last: Segment | None = None
+        for segment in selection.segments:
+            if last is not None and self._variants[last.model] is self._variants[segment.model]:
+                last = Segment(last.model, slice(last.rows.start, segment.rows.stop))
+                continue
+            if last is not None:
+                yield last
+            last = segment
+        if last is not None:
+            yield last
+
+    def _run(self, model: int, x: Tensor) -> Tensor:
+        out: Tensor = self._variants[model].forward(x)
+        if model in self._branches:
+            down, up = self._branches[model]
+            hidden = down.forward(x)
+            out = out + (F.linear(hidden, up) if isinstance(down, nn.Linear) else F.conv2d(hidden, up[..., None, None]))
+        return out
+
+    @property
+    def bytes(self) -> int:
+        base = {id(parameter) for parameter in self._base.parameters()}
+        owners = [*self._variants, *(down for down, _ in self._branches.values())]
+        own = {id(p): p.nbytes for owner in owners for p in owner._parameters.values() if p is not None}
+        factors = sum(up.nbytes for _, up in self._branches.values())
+        return factors + sum(size for number, size in own.items() if number not in base)
+
+
+class StackedLayer:
+    """A linear layer or convolution of all models in one call of `delta_linear` or `delta_conv2d`."""
+
+    merges = False
+
+    def __init__(self, module: nn.Linear | nn.Conv2d, models: int) -> None:
+        self._base = module
+        self.models = models
+        self._index = [-1] * models
+        self._parts: list[Mapping[str, Part]] = []
+        self._deltas: dict[str, Tensor] = {}
+
+    @staticmethod
+    def takes(module: nn.Module, forms: set[type[Part]], device: torch.device) -> bool:
+        """Whether the ops compute this layer, with weight differences of these forms, and had better do so.
+
+        On a CPU a call for each model beats adding dense differences in every call.
+        """
+        if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
+            return False
+        return _has_factors(module) and (forms == {LowRank} or (device.type == "cuda" and forms <= {Dense}))
+
+    def add(self, model: int, parts: Mapping[str, Part], merged: Mapping[str, Tensor]) -> None:
+        self._index[model] = len(self._parts)
+        self._parts.append(parts)
+
+    def finish(self) -> None:
+        weight = self._base.weight
+        weights = [parts.get("weight") for parts in self._parts]
+        biases = [parts.get("bias") for parts in self._parts]
+        ranks = [part.rank for part in weights if isinstance(part, LowRank)]
+        if ranks:
+            rank = max(ranks)
+            up = weight.new_zeros(len(weights), weight.shape[0], rank)
+            down = weight.new_zeros(len(weights), rank, *weight.shape[1:])
+            for k, part in enumerate(weights):
+                if isinstance(part, LowRank):
+                    up[k, :, : part.rank], down[k, : part.rank] = part.up.to(weight), part.down.to(weight)
+            self._deltas |= {"up": up, "down": down}
+        elif any(weights):
+            self._deltas["delta"] = _stacked(weight, weights)
+        if any(biases):
+            assert self._base.bias is not None, "a part belongs to a parameter"
+            self._deltas["bias_delta"] = _stacked(self._base.bias, biases)
+        self._parts = []
+        self._deltas["delta_index"] = torch.tensor(self._index, device=weight.device)
+
+    def __call__(self, x: Tensor, selection: Selection) -> Tensor:
+        return self._call(x, selection.offsets(self.models, x.device))
+
+    def of_all_models(self, x: Tensor) -> Tensor:
+        """The result for each model of all rows, one model after another."""
+        return self._call(x, None).flatten(0, 1)
+
+    def _call(self, x: Tensor, offsets: Tensor | None) -> Tensor:
+        own = self._base._parameters
+        weight, bias = own["weight"], own["bias"]
+        assert weight is not None
+        if isinstance(self._base, nn.Linear):
+            return ops.delta_linear(x, weight, bias, offsets=offsets, **self._deltas)
+        window = {name: getattr(self._base, name) for name in ("stride", "padding", "dilation")}
+        return ops.delta_conv2d(x, weight, bias, offsets=offsets, **window, **self._deltas)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._deltas.values())
+
+
+class NormLayer(SeparateLayer):
+    """A group norm: in channels-last one call, that takes each row's own weight and bias."""
+
+    def __init__(self, module: nn.GroupNorm, models: int) -> None:
+        super().__init__(module, models)
+        self._norm = module
+        self._affine: dict[str, Tensor] = {}
+
+    def finish(self) -> None:
+        for name, base in self._norm._parameters.items():
+            if base is not None:
+                rows = [variant._parameters[name] for variant in self._variants]
+                self._affine[name] = torch.stack([row for row in rows if row is not None])
+
+    def affine(self, selection: Selection, device: torch.device) -> dict[str, Tensor]:
+        """What `group_norm_silu` takes for the selected rows: weight, bias and model_index."""
+        return {**self._affine, "model_index": selection.model(device)}
+
+    def __call__(self, x: Tensor, selection: Selection) -> Tensor:
+        if x.dim() > 5 or x.stride(1) != 1:
+            return super().__call__(x, selection)
+        norm, affine = self._norm, self.affine(selection, x.device)
+        return ops.group_norm_silu(x, norm.num_groups, eps=norm.eps, silu=False, **affine)
+
+    @property
+    def bytes(self) -> int:
+        return super().bytes + sum(tensor.nbytes for tensor in self._affine.values())
+
+
+def make_layer(module: nn.Module, models: int, forms: set[type[Part]]) -> Layer:
+    """An empty layer for a base and others; ``forms`` are those of the weight's differences."""
+    device = next(module.parameters()).device
+    if StackedLayer.takes(module, forms, device):
+        assert isinstance(module, nn.Linear | nn.Conv2d)
+        return StackedLayer(module, models)
+    return NormLayer(module, models) if isinstance(module, nn.GroupNorm) else SeparateLayer(module, models)
+
+
+@dataclass
+class Batch:
+    """What runs now, for all leaves of one model.
+
+    rows: None where nothing runs. computed: rows that each layer computed, by name.
+    """
+
+    rows: RowModels | None = None
+    computed: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Leaf:
+    """Which rows a layer computes, and how.
+
+    inputs: what its input depends on; None for an input without a batch's rows, which depends on no model
+    changed: the attributes that some model changes. layer: None where there are none
+    """
+
+    name: str
+    batch: Batch
+    base: nn.Module
+    inputs: Kind | None
+    changed: frozenset[str] = frozenset()
+    layer: Layer | None = None
+    kind: Kind = field(init=False)
+
+    def __post_init__(self) -> None:
+        own = frozenset({"model"}) if self.layer is not None else frozenset()
+        self.kind = (self.inputs or frozenset()) | own
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows, layer = self.batch.rows, self.layer
+        assert rows is not None, "leaves run inside of a batched model"
+        if self.inputs is None:
+            return self._count(len(x), self.base.forward(x))
+        if len(x) != len(rows):
+            raise RuntimeError(
+                f"BatchedModel: layer {self.name!r} must be called with the batch's {len(rows)} rows, as in the "
+                f"example, got {len(x)}"
+            )
+        models = rows.select(self.kind)
+        if isinstance(layer, StackedLayer) and "model" not in self.inputs and rows.crosses(self.inputs, layer.models):
+            shared = rows.select(self.inputs)
+            out = layer.of_all_models(_take(x, shared.rows(x.device)))
+            self._count(shared.count, out)
+        else:
+            x = _take(x, models.rows(x.device))
+            out = self.base.forward(x) if layer is None else layer(x, models)
+            self._count(models.count, out)
+        return _take(out, models.inverse(x.device))
+
+    def _count(self, rows: int, out: Tensor) -> Tensor:
+        self.batch.computed[self.name] = self.batch.computed.get(self.name, 0) + rows
+        return out
+
+
+class BatchedLeaf(nn.Module):
+    """Mixed into a layer's class: its rows belong to many models, and it has no parameter that fits them all."""
+
+    leaf: Leaf
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leaf(x)
+
+    def __getattr__(self, name: str) -> Any:
+        leaf: Leaf | None = self.__dict__.get("leaf")
+        if leaf is not None and name in leaf.changed:
+            raise BatchedUnavailableError(
+                f"BatchedModel: {leaf.name}.{name} must only be used by its own layer, because models differ in it; "
+                "the network reads it elsewhere"
+            )
+        return super().__getattr__(name)
+
+
+def install(module: nn.Module, leaf: Leaf) -> None:
+    """Make a module of the skeleton run ``leaf``; its parameters stay listed, and can be read if none differs."""
+    module.__class__ = _batched_class(type(module))
+    module.__dict__["leaf"] = leaf
+
+
+@cache
+def _batched_class(original: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Batched{original.__name__}", (BatchedLeaf, original), {})
+
+
+def _has_factors(module: nn.Module) -> bool:
+    """Whether a low-rank difference is a layer to r channels and another one to the outputs."""
+    if type(module) is nn.Conv2d:
+        return module.groups == 1 and module.padding_mode == "zeros"
+    return type(module) is nn.Linear
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """The same module for calls of its ``forward``, which go past all hooks."""
+    return _with_parameters(module, module._parameters)
+
+
+def _with_parameters(module: nn.Module, own: Mapping[str, Tensor | None]) -> nn.Module:
+    other = copy.copy(module)
+    other.__dict__["_parameters"] = dict(own)
+    return other
+
+
+def _stacked(base: Tensor, parts: list[Part | None]) -> Tensor:
+    """Dense differences in the base's dtype, zero where there is none [(K, *base.shape)]."""
+    out = base.new_zeros(len(parts), *base.shape)
+    for k, part in enumerate(parts):
+        if isinstance(part, Dense):
+            out[k] = part.value
+    return out
+
+
+def _take(x: Tensor, rows: Tensor | None) -> Tensor:
+    # Not index_select, which loses channels-last.
+    return x if rows is None else x[rows]
