@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from guda_fast.deltas.weights import named_tensors
 from guda_fast.errors import BatchedUnavailableError
 from guda_fast.forward._batched_leaves import leaves
-from guda_fast.forward._routing import FACTORS, Kind, RowModels
+from guda_fast.forward._routing import FACTORS, Inputs, Kind, RowModels, map_rows
 
 # Of the largest value. A rehearsal runs in float64, where only the float32 parts of a network (time embeddings, some
 # norms) round visibly; a layer with the wrong one of two models that differ by SPREAD is off by far more.
@@ -24,35 +24,13 @@ _ROWS = (2, 3)  # of the two probes that tell rows from other sizes
 _SEED = 2**31 - 19
 
 
-class Example(NamedTuple):
-    """Inputs of the model, any number of rows from 1."""
-
-    x: Tensor
-    timestep: Tensor
-    conditions: Mapping[str, Any]
-
-
-class Inputs(NamedTuple):
-    """Inputs of a rehearsal, that differ in every row."""
-
-    x: Tensor
-    timestep: Tensor
-    conditions: Mapping[str, Any]
-
-    def rows(self, rows: Sequence[int]) -> Inputs:
-        """Some of the rows, in any order."""
-        chosen = torch.tensor(rows, device=self.x.device)
-        take: Callable[[Tensor], Tensor] = lambda tensor: tensor[chosen]  # noqa: E731
-        return Inputs(take(self.x), take(self.timestep), map_rows(take, len(self.x), self.conditions))
-
-
 class Rehearsal:
     """A copy of a model in float64 whose parameters are all random, and a second one that some tensors differ in.
 
     model: is only read. changed: the tensors that any group changes, by first name. example: of the model's inputs.
     """
 
-    def __init__(self, model: nn.Module, changed: Collection[str], example: Example) -> None:
+    def __init__(self, model: nn.Module, changed: Collection[str], example: Inputs) -> None:
         with torch.no_grad():
             self.model = torch.nn.Module.to(copy.deepcopy(model), torch.float64)
             self._random = torch.Generator().manual_seed(_SEED)
@@ -81,12 +59,12 @@ class Rehearsal:
 
         Found by changing one factor at a time: what stays the same bit for bit does not depend on it.
         """
-        inputs = self.inputs.rows(range(_ROWS[0]))
+        inputs = self.inputs.take(torch.arange(_ROWS[0], device=self.inputs.x.device))
         first, larger = _leaf_inputs(self.model, inputs), _leaf_inputs(self.model, self.inputs)
         other = self._inputs(_ROWS[0], shift=1)
 
-        def dependent(model: nn.Module, changed: Inputs) -> set[str]:
-            calls = _leaf_inputs(model, changed)
+        def dependent(model: nn.Module, given: Inputs) -> set[str]:
+            calls = _leaf_inputs(model, given)
             return {name for name in first if not _equal(first[name], calls.get(name, []))}
 
         depending = {
@@ -111,40 +89,41 @@ class Rehearsal:
 
     @torch.no_grad()
     def check(self, batched: nn.Module, run: Callable[[Inputs, RowModels], Tensor]) -> None:
-        """Compare a batched model of the base and the second one with the two themselves.
+        """Compare a batched model of the base and the second one with the two themselves, at two numbers of rows.
 
-        batched: the skeleton that ``run`` runs
+        batched: the network that ``run`` runs
         Raises BatchedUnavailableError naming the first layer whose result differs.
         """
-        for rows, models in (((0, 0), (0, 1)), ((2, 1, 0, 1, 0), (1, 0, 1, 1, 0))):
-            inputs = self.inputs.rows(rows)
-            numbered = RowModels(models, rows, rows, rows)
-            found = run(inputs, numbered)
-            expected = self._each(lambda model: call_model(model, *inputs), models)
-            if _close(found, expected):
-                continue
-            results = _leaf_outputs(batched, lambda: run(inputs, numbered))
-            raise BatchedUnavailableError(
-                f"BatchedModel: {self._first_difference(results, inputs, models)} must give the same for rows of "
-                "different models in one batch as for each model by itself, got another result"
-            )
+        self._compare(batched, run, rows=[0, 0], models=[0, 1])
+        self._compare(batched, run, rows=[2, 1, 0, 1, 0], models=[1, 0, 1, 1, 0])
+
+    def _compare(
+        self, batched: nn.Module, run: Callable[[Inputs, RowModels], Tensor], rows: list[int], models: list[int]
+    ) -> None:
+        inputs = self.inputs.take(torch.tensor(rows, device=self.inputs.x.device))
+        numbered = RowModels(models, rows, rows, rows)
+        base = inputs.run(self.model)
+        with self.second() as model:
+            second = inputs.run(model)
+        if _close(run(inputs, numbered), _chosen([base, second], models)):
+            return
+        results = _leaf_outputs(batched, lambda: run(inputs, numbered))
+        raise BatchedUnavailableError(
+            f"BatchedModel: {self._first_difference(results, inputs, models)} must give the same for rows of "
+            "different models in one batch as for each model by itself, got another result"
+        )
 
     def _first_difference(self, found: Mapping[str, list[Tensor]], inputs: Inputs, models: Sequence[int]) -> str:
         """The first layer, in the order of execution, with rows unlike those of the models themselves."""
-        base = _leaf_outputs(self.model, lambda: call_model(self.model, *inputs))
+        base = _leaf_outputs(self.model, lambda: inputs.run(self.model))
         with self.second() as model:
-            second = _leaf_outputs(model, lambda: call_model(model, *inputs))
+            second = _leaf_outputs(model, lambda: inputs.run(model))
         order = torch.tensor(sorted(range(len(models)), key=models.__getitem__), device=inputs.x.device)
         for name, calls in found.items():
             for call, zero, one in zip(calls, base[name], second[name], strict=False):
                 if len(zero) == len(models) and not _close(call, _chosen([zero, one], models)[order]):
                     return f"layer {name!r}"
         return "the prediction"
-
-    def _each(self, result: Callable[[nn.Module], Tensor], models: Sequence[int]) -> Tensor:
-        base = result(self.model)
-        with self.second() as model:
-            return _chosen([base, result(model)], models)
 
     def _perturbed(self, tensor: Tensor) -> Tensor:
         """The tensor with noise; where it is zero, as layers begin whose effect would not be seen, as large as in
@@ -177,23 +156,6 @@ class Rehearsal:
         return torch.randn(like.shape, generator=self._random, dtype=torch.float64).to(like)
 
 
-def map_rows(change: Callable[[Tensor], Tensor], rows: int, conditions: Any) -> Any:
-    """The same conditions, with what has a row for each row of x changed, in mappings and sequences too."""
-    if isinstance(conditions, Tensor):
-        return change(conditions) if conditions.dim() and len(conditions) == rows else conditions
-    if isinstance(conditions, Mapping):
-        return {name: map_rows(change, rows, value) for name, value in conditions.items()}
-    if isinstance(conditions, list | tuple):
-        return type(conditions)(map_rows(change, rows, value) for value in conditions)
-    return conditions
-
-
-def call_model(model: nn.Module, x: Tensor, timestep: Tensor, conditions: Mapping[str, Any]) -> Tensor:
-    """The prediction, as diffusers' models give it."""
-    result: Tensor = model(x, timestep, **conditions, return_dict=False)[0]
-    return result
-
-
 def _leaf_inputs(model: nn.Module, inputs: Inputs) -> dict[str, list[Tensor]]:
     """What each leaf is called with, call by call; names in the order of the first calls."""
     seen: dict[str, list[Tensor]] = {}
@@ -207,7 +169,7 @@ def _leaf_inputs(model: nn.Module, inputs: Inputs) -> dict[str, list[Tensor]]:
         seen.setdefault(name, []).append(args[0].clone())
 
     with _hooked(model, lambda name, leaf: leaf.register_forward_pre_hook(partial(before, name), with_kwargs=True)):
-        call_model(model, *inputs)
+        inputs.run(model)
     return seen
 
 

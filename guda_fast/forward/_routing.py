@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from guda_fast._validate import check_tensor
 
@@ -150,6 +150,35 @@ class RowModels:
         position[by_row] = np.arange(len(by_row))
         first = first[by_row]
         return Selection(first, position[inverse], self._columns["model"][first])
+
+
+class Inputs(NamedTuple):
+    """What a network takes; values of ``conditions``, by name, may be mappings and sequences of tensors."""
+
+    x: Tensor
+    timestep: Tensor
+    conditions: Mapping[str, Any]
+
+    def take(self, rows: Tensor) -> Inputs:
+        """Some of the rows, in any order."""
+        conditions = map_rows(lambda tensor: tensor[rows], len(self.x), self.conditions)
+        return Inputs(self.x[rows], self.timestep[rows], conditions)
+
+    def run(self, model: nn.Module) -> Tensor:
+        """The prediction, as diffusers' models give it."""
+        result: Tensor = model(self.x, self.timestep, **self.conditions, return_dict=False)[0]
+        return result
+
+
+def map_rows(change: Callable[[Tensor], Tensor], rows: int, conditions: Any) -> Any:
+    """The same conditions, with each tensor that has a row for each row of x changed."""
+    if isinstance(conditions, Tensor):
+        return change(conditions) if conditions.dim() and len(conditions) == rows else conditions
+    if isinstance(conditions, Mapping):
+        return {name: map_rows(change, rows, value) for name, value in conditions.items()}
+    if isinstance(conditions, list | tuple):
+        return type(conditions)(map_rows(change, rows, value) for value in conditions)
+    return conditions
 
 
 def on_device(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:

@@ -17,11 +17,10 @@ from guda_fast.deltas import DeltaBank
 from guda_fast.deltas.delta import Dense, Part
 from guda_fast.deltas.weights import named_tensors
 from guda_fast.errors import BatchedUnavailableError
-from guda_fast.forward._routing import Kind, RowModels
+from guda_fast.forward._routing import Inputs, Kind, RowModels
 
 if TYPE_CHECKING:
     from guda_fast.forward._batched_leaves import Layer
-    from guda_fast.forward._rehearsal import Example
 
 _WHERE = "BatchedModel"
 _LARGEST_SIDE = 32  # of the example that is made where none is given
@@ -58,7 +57,7 @@ class BatchedModel:
         groups: Sequence[str] | None = None,
         example: tuple[Tensor, Tensor, Mapping[str, Any]] | None = None,
     ) -> None:
-        from guda_fast.forward._rehearsal import Example, Rehearsal
+        from guda_fast.forward._rehearsal import Rehearsal
 
         self._bank = bank
         self._check_base()
@@ -66,7 +65,7 @@ class BatchedModel:
         self._parts = {group: bank.deltas[bank.groups.index(group)].parts for group in self.groups}
         changed = {name for parts in self._parts.values() for name in parts}
         owners = _owners(bank.model, changed)
-        rehearsal = Rehearsal(bank.model, changed, Example(*example) if example else _example(bank.model))
+        rehearsal = Rehearsal(bank.model, changed, Inputs(*example) if example else _example(bank.model))
         inputs = rehearsal.dependences()
 
         trial = _Skeleton(rehearsal.model, inputs, owners, {name: {Dense} for name in changed}, models=2)
@@ -74,8 +73,8 @@ class BatchedModel:
             differences = {name: Dense(value.cpu()) for name, value in rehearsal.differences.items()}
             trial.add(1, differences, named_tensors(model))
         trial.finish()
-        rehearsal.check(trial.model, lambda given, rows: trial(*given, rows))
-        del rehearsal, trial
+        rehearsal.check(trial.model, trial)
+        del rehearsal, trial  # The largest part of the memory.
 
         forms = {name: {type(parts[name]) for parts in self._parts.values() if name in parts} for name in changed}
         self._skeleton = _Skeleton(bank.model, inputs, owners, forms, models=len(self.groups) + 1)
@@ -100,7 +99,7 @@ class BatchedModel:
             raise ValueError(f"{_WHERE}: rows must have models up to {len(self.groups)}, got {rows.highest}")
         check_tensor(_WHERE, "timestep", timestep, shape=(len(x),), device=x.device)
         self._check_base()
-        return self._skeleton(x, timestep, conditions, rows)
+        return self._skeleton(Inputs(x, timestep, conditions), rows)
 
     @property
     def bytes(self) -> int:
@@ -171,18 +170,15 @@ class _Skeleton:
             layer.finish()
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, timestep: Tensor, conditions: Mapping[str, Any], rows: RowModels) -> Tensor:
-        from guda_fast.forward._rehearsal import call_model, map_rows
-
+    def __call__(self, inputs: Inputs, rows: RowModels) -> Tensor:
         self.batch.computed.clear()
         self.batch.rows = rows
-        order = rows.order(x.device)
+        order = rows.order(inputs.x.device)
         try:
             if order is None:
-                return call_model(self.model, x, timestep, conditions)
+                return inputs.run(self.model)
             by_model, back = order
-            conditions = map_rows(lambda tensor: tensor[by_model], len(rows), conditions)
-            return call_model(self.model, x[by_model], timestep[by_model], conditions)[back]
+            return inputs.take(by_model).run(self.model)[back]
         finally:
             self.batch.rows = None
 
@@ -219,9 +215,8 @@ def _owners(model: nn.Module, changed: set[str]) -> dict[str, dict[str, str]]:
     return owners
 
 
-def _example(model: nn.Module) -> Example:
+def _example(model: nn.Module) -> Inputs:
     """One row of the size that the configuration says, without conditions."""
-    from guda_fast.forward._rehearsal import Example
 
     config = getattr(model, "config", None)
     channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
@@ -233,4 +228,4 @@ def _example(model: nn.Module) -> Example:
     weights = [p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous()]
     if weights:
         x = x.contiguous(memory_format=torch.channels_last)
-    return Example(x, torch.zeros(1, dtype=torch.int64, device=first.device), {})
+    return Inputs(x, torch.zeros(1, dtype=torch.int64, device=first.device), {})

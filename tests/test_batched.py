@@ -1,0 +1,232 @@
+"""`BatchedModel`: each row as its own model gives it, whatever the mixture, and the bank's model untouched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from torch import Tensor, nn
+
+from guda_fast.deltas import DeltaBank
+from guda_fast.deltas.delta import Delta, Dense, LowRank, Part
+from guda_fast.errors import BatchedUnavailableError
+from guda_fast.forward import fuse
+from guda_fast.forward._routing import RowModels
+from guda_fast.forward.batched import BatchedModel
+
+MODELS = [2, 0, 1, 3, 3, 0, 2, 1]  # of the rows, unsorted; model 4 has none
+SAMPLES = [0, 1, 2, 0, 1, 0, 2, 1]
+CONDITIONS = [0, 1, 0, 1, 0, 0, 1, 1]
+TIMES = [5, 5, 30]  # of the samples
+
+
+def unet(**options: Any) -> nn.Module:
+    sizes: dict[str, Any] = {"block_out_channels": (8, 16), "layers_per_block": 1, "sample_size": 8}
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    return UNet2DModel(**{**sizes, **blocks, "norm_num_groups": 4, "attention_head_dim": 4, **options})
+
+
+def conditional(**options: Any) -> nn.Module:
+    return UNet2DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=1, sample_size=8, norm_num_groups=4, cross_attention_dim=12,
+        attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **options,
+    )  # fmt: skip
+
+
+def added() -> nn.Module:
+    return conditional(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 10,
+        use_linear_projection=True,
+        transformer_layers_per_block=2,
+    )
+
+
+def dit() -> nn.Module:
+    return DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8, patch_size=2,
+        num_embeds_ada_norm=3, norm_num_groups=4,
+    )  # fmt: skip
+
+
+SKIP = {
+    "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+    "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+    "block_out_channels": (32, 64),
+}
+RESNET = {
+    "down_block_types": ("ResnetDownsampleBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "ResnetUpsampleBlock2D"),
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+}
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "attention": unet,
+    "classes, scale and shift": lambda: unet(num_class_embeds=3, resnet_time_scale_shift="scale_shift"),
+    "resnet resampling": lambda: unet(**RESNET),
+    "skip": lambda: unet(**SKIP),
+    "prompts": conditional,
+    "prompts, added": added,
+    "transformer": dit,
+}
+
+
+def randomised(make: Callable[[], nn.Module]) -> nn.Module:
+    """Without the zeros and ones that layers begin with, which hide what is not used."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval().double()
+
+
+def conditions(model: nn.Module, numbers: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+    """What the model takes beside x and the timestep, for rows of these conditions."""
+    chosen = torch.tensor(numbers)
+    random = torch.Generator().manual_seed(3)
+    found: dict[str, Any] = {}
+    if getattr(model, "class_embedding", None) is not None or isinstance(model, DiTTransformer2DModel):
+        found["class_labels"] = chosen + 1
+    if isinstance(model, UNet2DConditionModel):
+        found["encoder_hidden_states"] = torch.randn(2, 5, 12, generator=random).to(dtype)[chosen]
+        if model.config.addition_embed_type is not None:
+            texts, times = torch.randn(2, 10, generator=random).to(dtype), torch.arange(12).view(2, 6)
+            found["added_cond_kwargs"] = {"text_embeds": texts[chosen], "time_ids": times[chosen].to(dtype)}
+    return found
+
+
+def part(parameter: Tensor, form: str, random: torch.Generator) -> Part | None:
+    """A difference of a tenth of the parameter's size."""
+    scale = 0.1 * float(parameter.detach().square().mean().sqrt())
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float64)
+
+    if form == "low-rank" and parameter.dim() > 1:
+        rank = 1 + int(torch.randint(3, (), generator=random))
+        return LowRank(scale * rank**-0.5 * normal(parameter.shape[0], rank), normal(rank, *parameter.shape[1:]))
+    return None if form == "absent" else Dense(scale * normal(*parameter.shape))
+
+
+def some_delta(model: nn.Module, forms: Sequence[str], seed: int) -> Delta:
+    """Differences in one of the forms for each parameter, in turn at random."""
+    random = torch.Generator().manual_seed(seed)
+    parts = {}
+    for name, parameter in model.named_parameters():
+        found = part(parameter, forms[int(torch.randint(len(forms), (), generator=random))], random)
+        if found is not None:
+            parts[name] = found
+    return Delta(parts)
+
+
+def exact(model: nn.Module, delta: Delta | None) -> nn.Module:
+    """The counterfactual in float64."""
+    other = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for name, found in (delta.parts if delta is not None else {}).items():
+            parameter = other.get_parameter(name)
+            parameter.copy_(found.added_to(parameter, torch.float64))
+    return other
+
+
+class Case:
+    """A network, four deltas, and rows; the exact prediction of each row by its own model."""
+
+    def __init__(self, network: str, forms: Sequence[str], models: Sequence[int] = MODELS) -> None:
+        self.base = randomised(NETWORKS[network])
+        self.deltas = [some_delta(self.base, forms, seed) for seed in range(4)]
+        self.models, self.samples, self.conditions = models, SAMPLES[: len(models)], CONDITIONS[: len(models)]
+        self.timestep = torch.tensor([TIMES[sample] for sample in self.samples])
+        x = torch.randn(3, self.base.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(1))
+        self.x = x.double()[self.samples]
+        self.rows = RowModels(models, self.samples, self.timestep, self.conditions)
+
+    def bank(self, dtype: torch.dtype = torch.float64, fused: bool = False, channels_last: bool = False) -> DeltaBank:
+        base = fuse(copy.deepcopy(self.base)) if fused else self.base
+        bank = DeltaBank.load(base, {f"g{k}": delta for k, delta in enumerate(self.deltas)})
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return bank.to(dtype=dtype, memory_format=memory_format)
+
+    def inputs(self, dtype: torch.dtype, channels_last: bool) -> tuple[Tensor, Tensor, Mapping[str, Any]]:
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        x = self.x.to(dtype).contiguous(memory_format=memory_format)
+        return x, self.timestep, conditions(self.base, self.conditions, dtype)
+
+    def expected(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Row by row, with inputs of a dtype and everything else in float64."""
+        networks = [exact(self.base, delta) for delta in (None, *self.deltas)]
+        x, timestep, given = self.inputs(dtype, False)
+        given = mapped(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, given)
+        rows = []
+        with torch.no_grad():
+            for r, number in enumerate(self.models):
+                own = mapped(lambda tensor, r=r: tensor[r : r + 1], given)
+                rows.append(networks[number](x[r : r + 1].double(), timestep[r : r + 1], **own, return_dict=False)[0])
+        return torch.cat(rows)
+
+    def found(self, batched: BatchedModel, dtype: torch.dtype, channels_last: bool) -> Tensor:
+        x, timestep, given = self.inputs(dtype, channels_last)
+        return batched(x, timestep, self.rows, **given)
+
+
+def mapped(change: Callable[[Tensor], Tensor], given: Any) -> Any:
+    if isinstance(given, Mapping):
+        return {name: mapped(change, value) for name, value in given.items()}
+    return change(given)
+
+
+def size(values: Tensor) -> float:
+    return float(values.abs().max())
+
+
+def rms(values: Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("fused", [False, True])
+def test_every_row_is_that_of_its_own_model(network: str, fused: bool) -> None:
+    case = Case(network, ["absent", "dense", "low-rank"])
+    expected = case.expected()
+    assert size(case.found(base_alone(case), torch.float64, False) - expected) > 1e-2 * size(expected)
+    for channels_last in (False, True):
+        bank = case.bank(fused=fused, channels_last=channels_last)
+        before = state(bank.model)
+        batched = BatchedModel(bank, example=case.inputs(torch.float64, channels_last))
+        found = case.found(batched, torch.float64, channels_last)
+        # Some 60 layers, each of which loses a few units; networks compute time embeddings and such in float32, from
+        # the same bits.
+        assert size(found - expected) <= 1e-12 * size(expected)
+        assert torch.equal(case.found(batched, torch.float64, channels_last), found)
+        unchanged(bank.model, before)
+        assert batched.bytes > 0
+
+
+def base_alone(case: Case) -> BatchedModel:
+    """All rows by the base: what a batched model that ignores its deltas would give."""
+    bank = DeltaBank.load(case.base, {f"g{k}": Delta({}) for k in range(4)}, allow_identical=True)
+    return BatchedModel(bank, example=case.inputs(torch.float64, False))
+
+
+def state(model: nn.Module) -> Any:
+    """All that a batched model might change: values, types, and what modules have."""
+    tensors = {name: (id(tensor), tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    return tensors, {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
+
+
+def unchanged(model: nn.Module, before: Any) -> None:
+    tensors, modules = before
+    now = state(model)
+    assert now[1] == modules
+    assert now[0].keys() == tensors.keys()
+    assert all(now[0][name][0] == number for name, (number, _) in tensors.items())
+    assert all(torch.equal(now[0][name][1], value) for name, (_, value) in tensors.items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
