@@ -34,22 +34,20 @@ class Network(nn.Module):
 
 
 def bank(model: nn.Module, *names: str) -> DeltaBank:
-    """One group that differs in these tensors; in all without names."""
-    other = perturbed(model)
-    if names:
-        tensors = {name: other.get_parameter(name) for name in names}
-        other = copy.deepcopy(model)
-        with torch.no_grad():
-            for name, value in tensors.items():
-                other.get_parameter(name).copy_(value)
+    """One group that differs in these tensors; in those of all layers without names."""
+    noisy, other = perturbed(model), copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if name in names or (not names and "." in name):
+                parameter.copy_(noisy.get_parameter(name))
     return DeltaBank.load(model, {"a": other})
 
 
 def test_tensors_of_no_layer() -> None:
     network = Network(lambda self, x: self.own * self.layer(x))
     with pytest.raises(BatchedUnavailableError, match="key 'own' must belong to a Linear, .* got a tensor of Network"):
-        BatchedModel(bank(network))
-    BatchedModel(bank(network, "layer.weight", "last.bias"))
+        BatchedModel(bank(network, "own", "layer.weight"))
+    BatchedModel(bank(network))
     fourier = randomised(lambda: unet(time_embedding_type="fourier"))
     with pytest.raises(BatchedUnavailableError, match="key 'time_proj.weight' must .* of GaussianFourierProjection"):
         BatchedModel(bank(fourier, "time_proj.weight"))
@@ -109,6 +107,7 @@ def run(batched: BatchedModel, **change: Any) -> Tensor:
     [
         ({"x": "image"}, TypeError, "x must be a torch.Tensor"),
         ({"rows": [0, 1, 1]}, TypeError, "rows must be RowModels, got list"),
+        ({"x": torch.zeros(0, 2, 4, 4)}, ValueError, "x must have at least one row, got none"),
         ({"x": torch.zeros(2, 2, 4, 4)}, ValueError, "rows must be as many as x has, 2, got 3"),
         ({"rows": RowModels([0, 2, 1], [0] * 3, [0] * 3)}, ValueError, "rows must have models up to 1, got 2"),
         ({"timestep": torch.tensor(3)}, ValueError, r"timestep must have shape \(3,\)"),
@@ -145,5 +144,14 @@ def test_layers_that_the_example_does_not_show() -> None:
     """A layer that takes other rows in a call than it did in the example."""
     network = Network(lambda self, x: self.layer(x) if x.shape[1] == 2 else self.layer(x.flatten(0, 1)).view(x.shape))
     batched = BatchedModel(bank(network))
-    with pytest.raises(RuntimeError, match="layer 'layer' must be called with the batch's 3 rows, .* got 15"):
+    with pytest.raises(
+        RuntimeError, match="layer 'layer' must be called as in the example, with the 3 rows of the batch, got 15 rows"
+    ):
+        run(batched, x=torch.randn(3, 5, 4, 4))
+
+
+def test_layers_that_the_example_does_not_reach() -> None:
+    network = Network(lambda self, x: x if x.shape[1] == 2 else self.layer(x))
+    batched = BatchedModel(bank(network))
+    with pytest.raises(RuntimeError, match="layer 'layer' must be called as in the example, never, got 3 rows"):
         run(batched, x=torch.randn(3, 5, 4, 4))

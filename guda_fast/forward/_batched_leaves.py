@@ -6,7 +6,7 @@ Imports diffusers: imported where a batched model is made.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
@@ -96,7 +96,7 @@ class SeparateLayer:
         parts = [self._run(segment.model, x[segment.rows]) for segment in self._runs(selection)]
         if len(parts) == 1:
             return parts[0]
-        return torch.cat(parts) if parts else self._run(0, x)
+        return torch.cat(parts)
 
     def _runs(self, selection: Selection) -> Iterator[Segment]:
         """The segments, joined where neighbours have the same parameters."""
@@ -249,8 +249,8 @@ class Batch:
 class Leaf:
     """Which rows a layer computes, and how.
 
-    inputs: what its input depends on; None for an input without a batch's rows, which depends on no model
-    changed: the attributes that some model changes. layer: None where there are none
+    inputs: what its input depends on; None for one that has not the batch's rows and depends on no model, or that the
+    rehearsal never called. changed: the attributes that some model changes. layer: None where there are none
     """
 
     name: str
@@ -259,32 +259,38 @@ class Leaf:
     inputs: Kind | None
     changed: frozenset[str] = frozenset()
     layer: Layer | None = None
-    kind: Kind = field(init=False)
-
-    def __post_init__(self) -> None:
-        own = frozenset({"model"}) if self.layer is not None else frozenset()
-        self.kind = (self.inputs or frozenset()) | own
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows, layer = self.batch.rows, self.layer
-        assert rows is not None, "leaves run inside of a batched model"
-        if self.inputs is None:
+        rows, layer = self._rows(x), self.layer
+        if rows is None or self.inputs is None:
             return self._count(len(x), self.base.forward(x))
-        if len(x) != len(rows):
-            raise RuntimeError(
-                f"BatchedModel: layer {self.name!r} must be called with the batch's {len(rows)} rows, as in the "
-                f"example, got {len(x)}"
-            )
-        models = rows.select(self.kind)
-        if isinstance(layer, StackedLayer) and "model" not in self.inputs and rows.crosses(self.inputs, layer.models):
+        if layer is None:
+            return self._routed(rows, self.inputs, x, lambda x, _: self.base.forward(x))
+        kind = self.inputs | {"model"}
+        if isinstance(layer, StackedLayer) and kind != self.inputs and rows.crosses(self.inputs, layer.models):
             shared = rows.select(self.inputs)
-            out = layer.of_all_models(_take(x, shared.rows(x.device)))
-            self._count(shared.count, out)
-        else:
-            x = _take(x, models.rows(x.device))
-            out = self.base.forward(x) if layer is None else layer(x, models)
-            self._count(models.count, out)
-        return _take(out, models.inverse(x.device))
+            out = self._count(shared.count, layer.of_all_models(_take(x, shared.rows(x.device))))
+            return _take(out, rows.select(kind).inverse(x.device))
+        return self._routed(rows, kind, x, layer)
+
+    def _rows(self, x: Tensor) -> RowModels | None:
+        """The batch; None where the layer's input has no rows of it."""
+        rows = self.batch.rows
+        assert rows is not None, "leaves run inside of a batched model"
+        if self.inputs is None and not self.changed:
+            return None
+        if self.inputs is None or len(x) != len(rows):
+            raise RuntimeError(
+                f"BatchedModel: layer {self.name!r} must be called as in the example, "
+                f"{'never' if self.inputs is None else f'with the {len(rows)} rows of the batch'}, got {len(x)} rows"
+            )
+        return rows
+
+    def _routed(self, rows: RowModels, kind: Kind, x: Tensor, compute: Callable[[Tensor, Selection], Tensor]) -> Tensor:
+        """Compute one row of each kind, and give it to all rows of that kind."""
+        selection = rows.select(kind)
+        out = compute(_take(x, selection.rows(x.device)), selection)
+        return _take(self._count(selection.count, out), selection.inverse(x.device))
 
     def _count(self, rows: int, out: Tensor) -> Tensor:
         self.batch.computed[self.name] = self.batch.computed.get(self.name, 0) + rows

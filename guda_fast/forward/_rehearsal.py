@@ -54,10 +54,13 @@ class Rehearsal:
                 tensors[name].copy_(value)
 
     @torch.no_grad()
-    def dependences(self) -> dict[str, Kind | None]:
+    def dependences(self, owners: Collection[str]) -> dict[str, Kind | None]:
         """What the input of each leaf that runs depends on; None where its first dimension is not the rows.
 
         Found by changing one factor at a time: what stays the same bit for bit does not depend on it.
+
+        owners: the leaves that have a changed tensor
+        Raises BatchedUnavailableError for a leaf whose models differ, and whose rows are not those of x.
         """
         inputs = self.inputs.take(torch.arange(_ROWS[0], device=self.inputs.x.device))
         first, larger = _leaf_inputs(self.model, inputs), _leaf_inputs(self.model, self.inputs)
@@ -78,10 +81,10 @@ class Rehearsal:
         for name, calls in first.items():
             kind = frozenset(factor for factor in FACTORS if name in depending[factor])
             by_row = all(_has_rows(calls, rows) for calls, rows in zip((calls, larger[name]), _ROWS, strict=True))
-            if not by_row and "model" in kind:
+            if not by_row and ("model" in kind or name in owners):
                 shapes = [tuple(call.shape) for call in larger[name]]
                 raise BatchedUnavailableError(
-                    f"BatchedModel: layer {name!r} must be called with one row for each row of x where its input "
+                    f"BatchedModel: layer {name!r} must be called with one row for each row of x where its result "
                     f"depends on the model, got inputs of shapes {shapes} for {_ROWS[1]} rows"
                 )
             found[name] = kind if by_row else None

@@ -66,7 +66,7 @@ class BatchedModel:
         changed = {name for parts in self._parts.values() for name in parts}
         owners = _owners(bank.model, changed)
         rehearsal = Rehearsal(bank.model, changed, Inputs(*example) if example else _example(bank.model))
-        inputs = rehearsal.dependences()
+        inputs = rehearsal.dependences(owners)
 
         trial = _Skeleton(rehearsal.model, inputs, owners, {name: {Dense} for name in changed}, models=2)
         with rehearsal.second() as model:
@@ -85,12 +85,14 @@ class BatchedModel:
 
         x, timestep: as the network takes them [(R, C, H, W) and (R,), on the bank's device]
         rows: which model each row takes, and which rows share what [R rows]
-        conditions: what else the network takes by name; tensors with R rows, in mappings too, go with x's rows
+        conditions: what else the network takes by name; tensors with R rows, in mappings and sequences too, go with x's
 
         Returns the network's result [x's rows]. Raises TypeError or ValueError naming the argument; RuntimeError where
         the bank does not hold its base.
         """
         x = check_tensor(_WHERE, "x", x, min_dim=1)
+        if len(x) == 0:
+            raise ValueError(f"{_WHERE}: x must have at least one row, got none")
         if not isinstance(rows, RowModels):
             raise TypeError(f"{_WHERE}: rows must be RowModels, got {type(rows).__name__}")
         if len(rows) != len(x):
@@ -149,12 +151,12 @@ class _Skeleton:
         everything = frozenset[str]().union(*(kind for kind in inputs.values() if kind is not None))
         for name, module in leaves(self.model).items():
             own = owners.get(name, {})
-            if name not in inputs or (not own and inputs[name] in (None, everything)):
+            if not own and inputs.get(name) in (None, everything):
                 continue
             original = without_hooks(module)
             if own:
                 self.layers[name] = make_layer(original, models, forms.get(own.get("weight", ""), set()))
-            leaf = Leaf(name, self.batch, original, inputs[name], frozenset(own), self.layers.get(name))
+            leaf = Leaf(name, self.batch, original, inputs.get(name), frozenset(own), self.layers.get(name))
             install(module, leaf)
 
     def add(self, model: int, parts: Mapping[str, Part], tensors: Mapping[str, Tensor]) -> None:
