@@ -17,6 +17,22 @@ from torch import Tensor, nn
 from guda_fast import ops
 
 
+class PerRow(nn.Module):
+    """A norm or convolution whose parameters may differ between rows; it answers for the rows that run now."""
+
+    def group_norm_silu(self, x: Tensor, **options: Any) -> Tensor:
+        """The op of this name, with a group norm's own parameters; options are the op's."""
+        raise NotImplementedError
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """A convolution's result, but for its bias."""
+        raise NotImplementedError
+
+    def biases(self) -> Tensor | None:
+        """A convolution's bias for each row [(R, O)]."""
+        raise NotImplementedError
+
+
 class FusedGroupNorm(nn.GroupNorm):
     """A group norm without activation, as in attention."""
 
@@ -98,8 +114,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
 
     def _vectors(self, temb: Tensor | None, rows: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What is added before the second norm, the first convolution's bias too, and the scale and shift after it."""
-        bias = self.conv1.bias
-        added = None if bias is None else bias.expand(rows, -1)
+        added = _biases(self.conv1, rows)
         if temb is None:
             return added, None, None
         temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb)).expand(rows, -1)
@@ -127,25 +142,35 @@ def _watches_all() -> bool:
 def _is_plain(module: nn.Module) -> bool:
     """Whether calling a module does what its class says and nothing else."""
     watched = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return type(module) in _PLAIN and not watched
+    return (type(module) in _PLAIN or isinstance(module, PerRow)) and not watched
 
 
 def _norm(
-    norm: nn.GroupNorm,
+    norm: nn.GroupNorm | PerRow,
     x: Tensor,
     addend: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     silu: bool = True,
 ) -> Tensor:
+    if isinstance(norm, PerRow):
+        return norm.group_norm_silu(x, addend=addend, scale=scale, shift=shift, silu=silu)
     return ops.group_norm_silu(
         x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, addend=addend, scale=scale, shift=shift, silu=silu
     )
 
 
-def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def _convolved(conv: nn.Conv2d | PerRow, x: Tensor) -> Tensor:
     """Without the bias, which costs a pass of its own on a GPU and nothing in the norm that follows."""
+    if isinstance(conv, PerRow):
+        return conv.without_bias(x)
     return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _biases(conv: nn.Conv2d | PerRow, rows: int) -> Tensor | None:
+    if isinstance(conv, PerRow):
+        return conv.biases()
+    return None if conv.bias is None else conv.bias.expand(rows, -1)
 
 
 def can_fuse(module: nn.Module) -> bool:

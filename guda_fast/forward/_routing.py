@@ -113,6 +113,7 @@ class RowModels:
             columns = {name: column[self._order] for name, column in columns.items()}
         self._columns = columns
         self._selections: dict[Kind, Selection] = {}
+        self._models: dict[torch.device, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._columns["model"])
@@ -122,6 +123,12 @@ class RowModels:
         if self._order is None:
             return None
         return on_device(self._order, device), on_device(np.argsort(self._order), device)
+
+    def models(self, device: torch.device) -> Tensor:
+        """The model of each row, in `order` [(R,)]."""
+        if device not in self._models:
+            self._models[device] = on_device(self._columns["model"], device)
+        return self._models[device]
 
     def select(self, kind: Kind) -> Selection:
         """One row for each combination of the factors in ``kind``, by model; rows are numbered in `order`."""
