@@ -17,7 +17,7 @@ from torch import Tensor
 from guda_fast import ops
 from guda_fast.deltas import DeltaBank
 from guda_fast.deltas.delta import Delta, Dense, LowRank
-from guda_fast.forward import _batched_leaves as leaves
+from guda_fast.forward import _batched_layers as layers
 from guda_fast.forward._routing import FACTORS, RowModels
 from guda_fast.forward.batched import BatchedModel
 from test_batched import Case, randomised, unet
@@ -123,7 +123,7 @@ def observed(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[list[tuple[
         return original(x, *args, offsets=offsets, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(leaves.ops, name, watched)
+        patch.setattr(layers.ops, name, watched)
         yield seen
 
 

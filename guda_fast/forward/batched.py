@@ -20,7 +20,7 @@ from guda_fast.errors import BatchedUnavailableError
 from guda_fast.forward._routing import Inputs, Kind, RowModels
 
 if TYPE_CHECKING:
-    from guda_fast.forward._batched_leaves import Layer
+    from guda_fast.forward._batched_layers import Layer
 
 _WHERE = "BatchedModel"
 _LARGEST_SIDE = 32  # of the example that is made where none is given
@@ -141,7 +141,8 @@ class _Skeleton:
         forms: Mapping[str, set[type[Part]]],
         models: int,
     ) -> None:
-        from guda_fast.forward._batched_leaves import Batch, Leaf, install, leaves, make_layer, without_hooks
+        from guda_fast.forward._batched_layers import make_layer, without_hooks
+        from guda_fast.forward._batched_leaves import Batch, Leaf, install, leaves
 
         shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
         self.model = copy.deepcopy(model, shared)
