@@ -15,6 +15,7 @@ from guda_fast.deltas import DeltaBank
 from guda_fast.deltas.delta import Delta, Dense, LowRank, Part
 from guda_fast.errors import BatchedUnavailableError
 from guda_fast.forward import fuse
+from guda_fast.forward._batched_layers import StackedLayer
 from guda_fast.forward._routing import RowModels
 from guda_fast.forward.batched import BatchedModel
 
@@ -191,10 +192,28 @@ def rms(values: Tensor) -> float:
     return float(values.double().square().mean().sqrt())
 
 
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers go through the delta ops wherever those can compute them."""
+    takes = StackedLayer.takes
+    monkeypatch.setattr(StackedLayer, "takes", lambda module, forms, _: takes(module, forms, torch.device("cuda")))
+
+
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("fused", [False, True])
-def test_every_row_is_that_of_its_own_model(network: str, fused: bool) -> None:
-    case = Case(network, ["absent", "dense", "low-rank"])
+@pytest.mark.parametrize(
+    ("fused", "stacked", "forms"),
+    [
+        (False, False, ["absent", "dense", "low-rank"]),
+        (True, False, ["absent", "dense", "low-rank"]),
+        (False, True, ["absent", "low-rank"]),
+        (True, True, ["absent", "dense"]),
+    ],
+)
+def test_every_row_is_that_of_its_own_model(
+    monkeypatch: pytest.MonkeyPatch, network: str, fused: bool, stacked: bool, forms: list[str]
+) -> None:
+    if stacked:
+        as_on_a_gpu(monkeypatch)
+    case = Case(network, forms)
     expected = case.expected()
     assert size(case.found(base_alone(case), torch.float64, False) - expected) > 1e-2 * size(expected)
     for channels_last in (False, True):
@@ -207,6 +226,8 @@ def test_every_row_is_that_of_its_own_model(network: str, fused: bool) -> None:
         assert size(found - expected) <= 1e-12 * size(expected)
         assert torch.equal(case.found(batched, torch.float64, channels_last), found)
         unchanged(bank.model, before)
+        kinds = {type(layer) for layer in batched._skeleton.layers.values()}
+        assert (StackedLayer in kinds) == stacked
         assert batched.bytes > 0
 
 

@@ -20,7 +20,7 @@ from guda_fast.deltas.delta import Delta, Dense, LowRank
 from guda_fast.forward import _batched_layers as layers
 from guda_fast.forward._routing import FACTORS, RowModels
 from guda_fast.forward.batched import BatchedModel
-from test_batched import Case, randomised, unet
+from test_batched import Case, as_on_a_gpu, randomised, unet
 
 CPU = torch.device("cpu")
 NUMBERS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(0, 2)), max_size=12)
@@ -147,6 +147,7 @@ def test_layers_before_the_first_changed_one_run_once_a_sample() -> None:
 
 
 def test_the_first_layer_sees_each_sample_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_gpu(monkeypatch)
     batched = BatchedModel(bank(low_rank=True))
     with observed(monkeypatch, "delta_conv2d") as seen:
         computed = run(batched, [0, 1, 2, 3, 3, 2, 1, 0], [0, 0, 0, 0, 1, 1, 1, 1], [5, 30])

@@ -29,7 +29,7 @@ def leaves(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that map each row by itself with parameters of their own, by name."""
 
     def is_leaf(module: nn.Module) -> bool:
-        original = type(module).__mro__[2] if isinstance(module, BatchedLeaf) else type(module)
+        original = type(module.leaf.base if isinstance(module, BatchedLeaf) else module)
         rewrites = isinstance(module, nn.Embedding) and module.max_norm is not None
         return original in _LEAVES and not rewrites and any(p is not None for p in module._parameters.values())
 
@@ -160,7 +160,8 @@ class BatchedLeaf(PerRow):
 
 def install(module: nn.Module, leaf: Leaf) -> None:
     """Make a module of the skeleton run ``leaf``; its parameters stay listed, and can be read if none differs."""
-    module.__class__ = _batched_class(type(module))
+    original: Any = type(module)
+    module.__class__ = _batched_class(original)
     module.__dict__["leaf"] = leaf
 
 
