@@ -169,3 +169,22 @@ def test_prompts_are_projected_once_a_model_and_prompt() -> None:
     queries = {rows for name, rows in batched.computed_rows.items() if "attn2.to_q" in name}
     # Before the first cross attention the three samples of each model, whatever the prompt.
     assert queries == {6, 8}
+
+
+def test_fused_blocks_stay_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two norms with SiLU in each block, on the rows that differ, with each row's own parameters."""
+    case = Case("attention", ["dense"], models=[0, 0, 1, 1, 2, 2])
+    batched = BatchedModel(case.bank(fused=True, channels_last=True))
+    seen: list[tuple[int, bool]] = []
+    original = ops.group_norm_silu
+
+    def watched(x: Tensor, *args: Any, **named: Any) -> Tensor:
+        if named["silu"]:
+            seen.append((len(x), named["model_index"] is not None))
+        return original(x, *args, **named)
+
+    monkeypatch.setattr(ops, "group_norm_silu", watched)
+    case.found(batched, torch.float64, True)
+    blocks = [name for name, _ in case.base.named_modules() if name.endswith("norm2")]
+    assert seen == [(6, True)] * 2 * len(blocks)
+    assert len(blocks) > 5
