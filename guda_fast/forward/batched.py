@@ -39,10 +39,10 @@ class BatchedModel:
         ``bank.to`` make another one
     groups: the groups that rows may take, as models 1, 2, ... in this order; all of the bank's by default
     example: x, timestep and conditions by name as in a call, of one row or more; values do not matter, only that each
-        integer of a condition may also be one less, or 1 for 0. By default one row of the size in the model's
-        configuration, 32 at most, and no condition
+        integer of a condition may also be one less, or 1 for 0; booleans, which are masks, are kept. By default one row
+        of the size in the model's configuration, 32 at most, and no condition
 
-    Memory while it is made: the model in float64 twice, at most; afterwards ``bytes``.
+    Memory while it is made: the model in float64, and three times what any group changes; afterwards ``bytes``.
     Raises TypeError or ValueError naming the argument; BatchedUnavailableError where a changed tensor belongs to no
     layer that rows can share (Linear, Conv2d, ConvTranspose2d, Embedding and norms can), or the rehearsal's result is
     not that of separate models.
