@@ -21,8 +21,12 @@ PLOTS = runner.RESULTS / "plots"
 def run(
     name: Name,
     out: Annotated[Path | None, typer.Option(help="The folder of NAME.csv; default benchmarks/results.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads, for us and for the rivals.")] = 1,
-    repetitions: Annotated[int, typer.Option(min=3, help="Timed calls of each contender.")] = 31,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads, for us and for the rivals; default: the benchmark's own.")
+    ] = None,
+    repetitions: Annotated[
+        int | None, typer.Option(min=3, help="Timed calls of each contender; default: the benchmark's own.")
+    ] = None,
     quick: Annotated[bool, typer.Option(help="Small shapes: it runs, it does not measure.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what it is meant for.")] = None,
     tested: Annotated[bool, typer.Option(help="The tests have just passed: do not run them again.")] = False,

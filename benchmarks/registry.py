@@ -50,12 +50,15 @@ class Benchmark:
     cases: gets whether to be quick, and is called under `torch.device`, so that factories put tensors there
     tests: files, or patterns of files, from the checkout's root
     device: what it is meant for, "cpu" or "cuda"; with --quick it also runs on the other one
+    threads, repetitions: where the command says nothing else
     """
 
     name: str
     cases: Callable[[bool], Sequence[Callable[[], Case]]]
     tests: Sequence[str] = field(default_factory=tuple)
     device: str = "cpu"
+    threads: int = 1
+    repetitions: int = 31
 
 
 def benchmarks() -> dict[str, Benchmark]:
@@ -65,8 +68,11 @@ def benchmarks() -> dict[str, Benchmark]:
         gpu_ceilings,
         gpu_delta_ops,
         gpu_group_norm_silu,
+        gpu_ladder,
         gpu_noise_ops,
         group_norm_silu,
+        ladder,
+        ladder_large,
         noise_ops,
         noise_ops_threads,
     )
@@ -76,9 +82,12 @@ def benchmarks() -> dict[str, Benchmark]:
         noise_ops_threads,
         group_norm_silu,
         delta_ops,
+        ladder,
+        ladder_large,
         gpu_ceilings,
         gpu_noise_ops,
         gpu_group_norm_silu,
         gpu_delta_ops,
+        gpu_ladder,
     )
     return {module.BENCHMARK.name: module.BENCHMARK for module in modules}

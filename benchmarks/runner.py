@@ -51,18 +51,18 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run a benchmark; device None is the one that it is meant for."""
+    """How to run a benchmark; None is what the benchmark itself says."""
 
-    threads: int = 1
-    repetitions: int = 31
+    threads: int | None = None
+    repetitions: int | None = None
     quick: bool = False
     device: str | None = None
 
     def command(self, name: str) -> str:
         """What to type for the same rows."""
         given = [f"python -m benchmarks run {name}"]
-        given += [f"--threads {self.threads}"] if self.threads != Settings.threads else []
-        given += [f"--repetitions {self.repetitions}"] if self.repetitions != Settings.repetitions else []
+        given += [f"--threads {self.threads}"] if self.threads is not None else []
+        given += [f"--repetitions {self.repetitions}"] if self.repetitions is not None else []
         given += ["--quick"] if self.quick else []
         given += [f"--device {self.device}"] if self.device is not None else []
         return " ".join(given)
@@ -148,7 +148,8 @@ def measure_cases(benchmark: Benchmark, out: Path, settings: Settings) -> None:
     Rows are kept in a .partial file from the first case on, and under their name when all are there.
     """
     device = settings.device or benchmark.device
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.threads or benchmark.threads)
+    repetitions = settings.repetitions or benchmark.repetitions
     shared = {**provenance(device), "command": settings.command(benchmark.name)}
     rows: list[dict[str, object]] = []
     unfinished = out.with_suffix(".partial")
@@ -157,7 +158,7 @@ def measure_cases(benchmark: Benchmark, out: Path, settings: Settings) -> None:
     for make_case in cases:
         with torch.device(device):
             case = make_case()
-        for row in case_rows(case, settings.repetitions, device, shared):
+        for row in case_rows(case, repetitions, device, shared):
             print("{op:16} {shapes:34} {dtype:9} {backend:19} {instruction_set:8}".format(**row), end=" ")
             print("{median_ms:>9} ms  {gb_per_s:>6} GB/s  {ratio:>6}x".format(**row), flush=True)
             rows.append(row)

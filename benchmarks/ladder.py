@@ -1,0 +1,168 @@
+"""The engine and its rivals on whole scoring jobs, on two CPU threads: each does everything from queries to scores.
+
+The rungs are those of `benchmarks.rivals`. All are compared with one rival, the compiled tuned code, or the eager one
+where nothing is compiled; each has its own row, so that every other ratio follows. What does not depend on the queries
+is done before the clock starts: compiling, loading, merging. The reference loop stays in float32 in every case,
+as it is in use, and keeps its models, since loading them for so few timesteps would count too much.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.contenders import architecture, default_device
+from benchmarks.registry import Benchmark, Case, Contender
+from benchmarks.rivals import BareForwards, PeftMerged, PeftMixed, ReferenceLoop, StackedModels, Tuned
+from benchmarks.workloads import ARCHITECTURES, FORMS, Workload, make_workload
+from guda_fast import DeltaBank
+from guda_fast.attribution import PRECISIONS, prepare
+from guda_fast.estimators import Full
+from guda_fast.forward import fuse
+
+ALL = frozenset({"reference", "eager", "compiled", "vmap", "peft", "bare"})
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A workload, how it is run, and which rivals run it.
+
+    architecture, form, models, queries, draws: see make_workload. batch: rows a forward of everyone's.
+    precision: a key of DTYPES. rivals: some of ALL; "peft" is for low-rank deltas alone.
+    """
+
+    architecture: str
+    form: str
+    precision: str
+    models: int
+    queries: int
+    draws: int
+    batch: int
+    rivals: frozenset[str] = ALL
+
+    def __str__(self) -> str:
+        sizes = f"N={self.queries} K={self.models} D={self.draws} batch={self.batch}"
+        return f"{self.architecture} {self.form}, {sizes}"
+
+    @property
+    def forwards(self) -> int:
+        """Of one row each."""
+        return (self.models + 1) * self.queries * self.draws
+
+    def small(self) -> Job:
+        """What takes the same way through the code in a moment, with a last batch that is padded."""
+        architecture = "tiny-prompted" if self.architecture == "sd15" else "tiny"
+        return replace(self, architecture=architecture, models=2, queries=3, draws=2, batch=4)
+
+
+class Ours:
+    """The engine on a job: what it sets up beforehand, and what is timed."""
+
+    def __init__(self, workload: Workload, job: Job, device: str) -> None:
+        bank = DeltaBank.load(workload.base, {delta.origin: delta for delta in workload.deltas})
+        self._protocol = workload.protocol
+        self._plan, self._queries = prepare(
+            workload.queries,
+            bank,
+            workload.protocol,
+            batch_size=job.batch,
+            device=device,
+            precision=job.precision,
+        )
+        fuse(bank.model)
+
+    def scores(self) -> object:
+        return Full().run(self._plan, self._queries, self._protocol, lambda forwards: None).scores
+
+    def forward(self, x_t: Tensor, timestep: Tensor) -> object:
+        """One batch through the resident model, as a run calls it."""
+        return self._plan.bank.model(x_t, timestep, return_dict=False)[0]
+
+
+def job_case(job: Job, quick: bool, mode: str | None = None) -> Case:
+    """Everyone on one job. mode: of Inductor; see Tuned."""
+    job = job.small() if quick else job
+    workload = make_workload(job.architecture, job.form, models=job.models, queries=job.queries, draws=job.draws)
+    first, *others = _contenders(workload, job, quick, mode)
+    dtype = DTYPES[job.precision]
+    numbers = sum(parameter.numel() for parameter in workload.base.parameters())
+    return Case(
+        op="score",
+        shapes=str(job),
+        dtype=job.precision,
+        bytes=workload.models * numbers * dtype.itemsize + workload.queries.nbytes,
+        input_sets=1,
+        rival=first,
+        contenders=others,
+        flop=job.forwards * ARCHITECTURES[job.architecture].flop_per_forward(),
+    )
+
+
+def _contenders(workload: Workload, job: Job, quick: bool, mode: str | None) -> Iterator[Contender]:
+    """Who runs the job, the rival that the ratios are against first."""
+    device, dtype = default_device(), DTYPES[job.precision]
+    tf32 = job.precision == "tf32"
+
+    def contender(name: str, run: Callable[[], object]) -> Contender:
+        return Contender(name, architecture(), lambda number: run())
+
+    def scorer(name: str, kind: Callable[..., Any], **options: Any) -> Contender:
+        rival = kind(workload, batch=job.batch, dtype=dtype, device=device, **options)
+        return contender(name, partial(rival.scores, workload.queries))
+
+    if "compiled" in job.rivals:
+        # Quick does not wait for the compiler.
+        how = {"compiler": "aot_eager"} if quick else {"compiler": "inductor", "mode": mode}
+        yield scorer("tuned compiled", Tuned, tf32=tf32, **how)
+    if "eager" in job.rivals:
+        yield scorer("tuned eager", Tuned, tf32=tf32, compiler=None)
+    if job.precision in PRECISIONS:
+        ours = Ours(workload, job, device)
+        yield contender("guda_fast swap", ours.scores)
+        if "bare" in job.rivals:
+            batches = workload.models * -(-workload.rows // job.batch)
+            shape = (job.batch, *workload.queries.shape[1:])
+            bare = BareForwards(ours.forward, shape, batches=batches, dtype=dtype, device=device)
+            yield contender("bare forwards", bare.run)
+    else:
+        print(f"{job}: guda_fast is not measured: it has no {job.precision}", file=sys.stderr)
+    if "vmap" in job.rivals:
+        yield scorer("vmap", StackedModels)
+    if "peft" in job.rivals and job.form != "dense":
+        yield scorer("peft mixed", PeftMixed)
+        yield scorer("peft merged", PeftMerged)
+    if "reference" in job.rivals:
+        name = "reference loop" if job.precision == "float32" else "reference loop, float32"
+        yield contender(name, partial(_reference(workload, device).scores, workload.queries))
+
+
+def _reference(workload: Workload, device: str) -> ReferenceLoop:
+    with tempfile.TemporaryDirectory() as folder:
+        saved = workload.save(Path(folder))
+        return ReferenceLoop(saved, workload.protocol, device=device, reload=False)
+
+
+def _jobs() -> list[Job]:
+    return [
+        Job(architecture, form, precision, models=2, queries=64, draws=draws, batch=64)
+        for architecture, draws in (("digits", 8), ("rgb32", 2))
+        for precision in ("float32", "bfloat16")
+        for form in FORMS
+    ]
+
+
+def _cases(quick: bool) -> list[Callable[[], Case]]:
+    jobs = [job for job in _jobs() if not (quick and job.architecture == "digits")]
+    return [partial(job_case, job, quick) for job in jobs]
+
+
+BENCHMARK = Benchmark("ladder", _cases, ("tests/test_rivals.py",), threads=2, repetitions=5)

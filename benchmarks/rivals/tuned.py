@@ -1,0 +1,105 @@
+"""R1: what an expert writes in an afternoon."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.rivals.noised import NoisedRows, row_errors
+from benchmarks.workloads import Workload
+from guda_fast.diffusion.schedule import FloatArray
+
+
+class Tuned:
+    """Large flattened batches in channels-last and low precision, compiled; weights swapped in place.
+
+    Noise is torch.randn's own, made once for all models, with every noised row kept in memory. The weights of all
+    counterfactuals, low-rank ones merged, lie ready on the device before the clock starts. No batch is waited for.
+
+    batch: rows a forward; the last one is padded to it. dtype: of weights and activations; errors are float32, their
+    sums float64. tf32: let float32 products use tensor cores. compiler: a backend of torch.compile, or None for eager.
+    mode: of Inductor: on CUDA "max-autotune-no-cudagraphs", or "reduce-overhead", which captures a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        *,
+        batch: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        tf32: bool = False,
+        compiler: str | None = "inductor",
+        mode: str | None = None,
+    ) -> None:
+        self._protocol, self._batch = workload.protocol, batch
+        self._device, self._dtype, self._tf32 = torch.device(device), dtype, tf32
+        self._model = resident(workload.base, self._device, dtype)
+        parameters = dict(self._model.named_parameters())
+        self._targets = [parameters[name].data for name in workload.changed()]
+        self._weights = [
+            [torch.empty_like(target).copy_(value) for target, value in zip(self._targets, values, strict=True)]
+            for values in (workload.weights(model).values() for model in range(workload.models))
+        ]
+        self._errors: Callable[..., Tensor] = partial(row_errors, self._model)
+        if compiler is not None:
+            if torch._inductor.config.freezing:
+                raise ValueError("Tuned: torch._inductor.config.freezing must be off: frozen weights ignore swaps")
+            # What other shapes left behind counts towards the eight recompilations after which all is eager.
+            torch.compiler.reset()
+            self._errors = torch.compile(self._errors, backend=compiler, mode=mode, dynamic=False, fullgraph=True)
+
+    @torch.inference_mode()
+    def scores(self, queries: Tensor, noise: Tensor | None = None) -> FloatArray:
+        """Scores [(N, K), float64] of queries [(N, C, H, W), float32]; noise: [(N, D, C, H, W)] instead of its own."""
+        with tensor_cores(self._tf32), _compiled_once():
+            rows = NoisedRows.make(
+                queries,
+                self._protocol,
+                self._batch,
+                device=self._device,
+                dtype=self._dtype,
+                memory_format=torch.channels_last,
+                noise=noise,
+            )
+            errors = torch.empty(len(self._weights), len(rows.x_t), dtype=torch.float64, device=self._device)
+            for model, weights in enumerate(self._weights):
+                torch._foreach_copy_(self._targets, weights)
+                for part, batch in rows.batches():
+                    errors[model, part] = self._errors(*batch)
+            return rows.scores(errors, len(queries))
+
+
+def resident(base: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy of the base on the device, in channels-last."""
+    # Not base.to: diffusers' own takes no memory format.
+    return nn.Module.to(copy.deepcopy(base), device=device, dtype=dtype, memory_format=torch.channels_last)
+
+
+@contextmanager
+def _compiled_once() -> Iterator[None]:
+    """A second compilation is an error here: eager code may follow too many of them."""
+    with warnings.catch_warnings(), torch._dynamo.config.patch(error_on_recompile=True):
+        # In diffusers' Upsample2D, of a function that compares version numbers.
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+        yield
+
+
+@contextmanager
+def tensor_cores(allowed: bool) -> Iterator[None]:
+    """Whether float32 products may round their factors to TF32 on CUDA."""
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [setting.allow_tf32 for setting in settings]
+    try:
+        for setting in settings:
+            setting.allow_tf32 = allowed
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.allow_tf32 = value
