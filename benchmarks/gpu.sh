@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Everything that a GPU machine is needed for, in under nine minutes and without a network: builds, runs the GPU tests
-# and compute-sanitizer on a short list, measures the ceilings and the ops, and writes CSV files and a one-page summary.
+# and compute-sanitizer on a short list, measures the ceilings, the ops and the ladder of rivals, and writes CSV files and
+# a one-page summary.
 #
-#     benchmarks/gpu.sh [--dry-run] [STEP...]     # steps: build tests sanitizer ceilings noise group_norm delta
+#     benchmarks/gpu.sh [--dry-run] [STEP...]     # steps: build tests sanitizer ceilings noise group_norm delta ladder
 #
 # --dry-run      no GPU and no build: the installed guda_fast, small shapes, Triton's interpreter
 # OUT            where the results go; default build/gpu, or build/gpu-dry. Only what the steps make again is replaced
 # PYTHON         one that has torch with CUDA, triton, pybind11, scikit-build-core, cmake, ninja and what guda_fast
 #                imports (numpy, pillow, safetensors, tqdm, typer); default .venv/bin/python, or python3 without it
 # GUDA_FAST_COMMIT   the commit for the rows, where the tree has no git
-# What needs pytest, hypothesis, diffusers or compute-sanitizer is left out, and named, where that is not installed.
+# What needs pytest, hypothesis, diffusers, peft or compute-sanitizer is left out, and named, where that is not
+# installed. The ladder compiles whole networks, and measures as many of its cases as there is time for.
 # Measuring needs the step tests to have passed, in this call or in an earlier one since the build.
 # A step that fails or runs out of time ends neither the others nor the summary; the exit status says so.
 set -uo pipefail
@@ -17,9 +19,10 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 budget=530
-all_steps=(build tests sanitizer ceilings noise group_norm delta)
-declare -A limits=([build]=150 [tests]=150 [sanitizer]=75 [ceilings]=30 [noise]=120 [group_norm]=90 [delta]=60)
-declare -A measured=([ceilings]=gpu_ceilings [noise]=gpu_noise_ops [group_norm]=gpu_group_norm_silu [delta]=gpu_delta_ops)
+all_steps=(build tests sanitizer ceilings noise group_norm delta ladder)
+declare -A limits=([build]=150 [tests]=150 [sanitizer]=75 [ceilings]=30 [noise]=120 [group_norm]=90 [delta]=60 [ladder]=240)
+declare -A measured=([ceilings]=gpu_ceilings [noise]=gpu_noise_ops [group_norm]=gpu_group_norm_silu [delta]=gpu_delta_ops
+  [ladder]=gpu_ladder)
 
 dry_run=0 one=""
 steps=()
@@ -52,6 +55,9 @@ fi
 export OUT="${OUT:-$PWD/build/gpu}"
 
 has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+
+has diffusers || unset "measured[ladder]"
+ladder() { echo "left out: diffusers is not installed"; }
 
 # A virtual environment of a virtual environment does not see the latter's packages: a .pth file names them.
 build() {

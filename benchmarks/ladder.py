@@ -8,6 +8,7 @@ as it is in use, and keeps its models, since loading them for so few timesteps w
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -121,7 +122,7 @@ def _contenders(workload: Workload, job: Job, quick: bool, mode: str | None) -> 
 
     if "compiled" in job.rivals:
         # Quick does not wait for the compiler.
-        how = {"compiler": "aot_eager"} if quick else {"compiler": "inductor", "mode": mode}
+        how = {"compiler": "eager"} if quick else {"compiler": "inductor", "mode": mode}
         yield scorer("tuned compiled", Tuned, tf32=tf32, **how)
     if "eager" in job.rivals:
         yield scorer("tuned eager", Tuned, tf32=tf32, compiler=None)
@@ -138,8 +139,11 @@ def _contenders(workload: Workload, job: Job, quick: bool, mode: str | None) -> 
     if "vmap" in job.rivals:
         yield scorer("vmap", StackedModels)
     if "peft" in job.rivals and job.form != "dense":
-        yield scorer("peft mixed", PeftMixed)
-        yield scorer("peft merged", PeftMerged)
+        if importlib.util.find_spec("peft") is None:
+            print(f"{job}: peft is not measured: it is not installed", file=sys.stderr)
+        else:
+            yield scorer("peft mixed", PeftMixed)
+            yield scorer("peft merged", PeftMerged)
     if "reference" in job.rivals:
         name = "reference loop" if job.precision == "float32" else "reference loop, float32"
         yield contender(name, partial(_reference(workload, device).scores, workload.queries))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.projection import PUBLISHED_FORWARDS, projections
 from benchmarks.runner import read_csv
 
 Row = Mapping[str, str]
@@ -35,6 +36,14 @@ def page(folder: Path) -> str:
     for name, rows in results.items():
         if name != "gpu_ceilings":
             lines += ["", f"## {name}: ms, of the copy bandwidth, times the rival", "", *_table(rows, ceilings)]
+    projected = [line for rows in results.values() for line in projections(rows, ceilings.get("matmul"))]
+    if projected:
+        lines += [
+            "",
+            f"## The published job: {PUBLISHED_FORWARDS / 1e6:.2f} M forwards at these speeds",
+            "",
+            *projected,
+        ]
     verdicts = [verdict for rows in results.values() for row in rows for verdict in _targets(row, ceilings)]
     return "\n".join([*lines, "", "## Targets", "", *(verdicts or ["None was measured."])])
 

@@ -176,6 +176,22 @@ def test_summary(tmp_path: Path) -> None:
     assert "eager: " not in text.partition("## Targets")[2]
 
 
+def test_summary_projects_the_published_job(tmp_path: Path) -> None:
+    """(10 + 1) x 2,048 x 399 forwards, at 3 x 64 x 24 of them in 500 ms."""
+    shapes = "guda-cifar10 dense, N=64 K=2 D=24 batch=512"
+    scored = row(
+        op="score", backend="guda_fast swap", shapes=shapes, median_ms="500", dtype="bfloat16", tflop_per_s="350"
+    )
+    other = row(op="score", shapes=shapes.replace("dense", "rank 16"), tflop_per_s="1")
+    runner.write_csv(tmp_path / "gpu_ladder.partial", [scored, other])
+    text = page(tmp_path)
+    assert "## The published job: 8.99 M forwards" in text
+    assert "- guda_fast swap, bfloat16: 16.3 min, 350 TFLOP/s\n" in text
+    runner.write_csv(tmp_path / "gpu_ceilings.csv", [row(op="matmul", tflop_per_s="700")])
+    assert "350 TFLOP/s, 50 % of the float32 matrix product" in page(tmp_path)
+    assert page(tmp_path).count("min, ") == 1
+
+
 def test_summary_of_nothing(tmp_path: Path) -> None:
     assert "Nothing was measured." in page(tmp_path)
 
