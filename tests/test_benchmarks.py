@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -91,6 +92,19 @@ def test_run_writes_every_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert rows[1]["torch"] == torch.__version__
     assert rows[1]["command"] == "python -m benchmarks run tiny --repetitions 5 --quick"
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.csv"]
+
+
+def test_a_benchmark_has_its_own_threads_and_repetitions(tmp_path: Path) -> None:
+    """Which the command line overrides, and the command of a row names no more than was given."""
+    own = replace(tiny_benchmark(), threads=2, repetitions=3)
+    runner.measure_cases(own, tmp_path / "x.csv", runner.Settings(quick=True))
+    rows = runner.read_csv(tmp_path / "x.csv")
+    assert {(row["threads"], row["repetitions"]) for row in rows} == {("2", "3")}
+    assert rows[0]["command"] == "python -m benchmarks run tiny --quick"
+    runner.measure_cases(own, tmp_path / "x.csv", runner.Settings(1, 4, quick=True))
+    rows = runner.read_csv(tmp_path / "x.csv")
+    assert {(row["threads"], row["repetitions"]) for row in rows} == {("1", "4")}
+    assert rows[0]["command"] == "python -m benchmarks run tiny --threads 1 --repetitions 4 --quick"
 
 
 def test_nothing_is_measured_on_red(

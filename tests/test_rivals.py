@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks import gpu_ladder, ladder, ladder_large
 from benchmarks.registry import Benchmark, Case
 from benchmarks.rivals import BareForwards, PeftMerged, PeftMixed, ReferenceLoop, StackedModels, Tuned
+from benchmarks.rivals.noised import NoisedRows
 from benchmarks.rivals.reference_loop import batch_seed
 from benchmarks.workloads import ARCHITECTURES, FORMS, RELATIVE_CHANGE, Workload, adapted_layers, make_workload
 from guda_fast import Protocol
@@ -162,6 +163,22 @@ def test_reference_loop_is_a_difference_of_divergences(reload: bool, workload: W
     tolerance = expected.tolerance + _of_both(bound)
     assert (np.abs(np.diff(expected.scores, axis=1, append=0)).max(axis=0) > 10 * tolerance.max()).all()
     assert (np.abs(loop.scores(workload.queries) - expected.scores) <= tolerance).all()
+
+
+def test_all_batches_are_full(workload: Workload) -> None:
+    """A last batch of another shape would be compiled again."""
+    rows = NoisedRows.make(
+        workload.queries,
+        workload.protocol,
+        4,
+        device="cpu",
+        dtype=torch.bfloat16,
+        memory_format=torch.channels_last,
+    )
+    batches = [batch for _, batch in rows.batches()]
+    assert [len(tensor) for batch in batches for tensor in batch] == [4] * 8
+    assert rows.number == 6 and batches[0][0].dtype == torch.bfloat16 and batches[0][2].dtype == torch.float32
+    assert all(batch[0].is_contiguous(memory_format=torch.channels_last) for batch in batches)
 
 
 def test_refusals(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
