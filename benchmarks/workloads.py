@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ class Prompted(nn.Module):
 
     unet: a UNet2DConditionModel. tokens: of the prompt, whose embeddings are random.
     """
+
+    prompt: Tensor
 
     def __init__(self, unet: Any, tokens: int) -> None:
         super().__init__()
@@ -64,8 +66,7 @@ class Architecture:
 def _unet(**config: Any) -> nn.Module:
     from diffusers import UNet2DModel  # heavy
 
-    model: nn.Module = UNet2DModel(**config)
-    return model
+    return cast(nn.Module, UNet2DModel(**config))
 
 
 def _digits() -> nn.Module:

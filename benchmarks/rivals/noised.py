@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from guda_fast import Protocol
 from guda_fast.diffusion.schedule import FloatArray
@@ -83,11 +84,11 @@ class NoisedRows:
         return np.ascontiguousarray((counted[1:] - counted[0]).sum(axis=2).T)
 
 
-def row_errors(model: nn.Module, x_t: Tensor, timestep: Tensor, eps: Tensor, weight: Tensor) -> Tensor:
+def row_errors(model: Callable[..., Any], x_t: Tensor, timestep: Tensor, eps: Tensor, weight: Tensor) -> Tensor:
     """w || eps_m(x_t, t) - eps ||^2 of every row [(R,), float64]: the posterior's KL in closed form.
 
     What a model predicts beyond the channels of eps is its variance, and is left out.
     """
-    prediction = model(x_t, timestep, return_dict=False)[0]
+    prediction: Tensor = model(x_t, timestep, return_dict=False)[0]
     difference = prediction[:, : eps.shape[1]].float() - eps
     return weight * difference.square().flatten(1).sum(1).double()

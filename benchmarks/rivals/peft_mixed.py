@@ -34,8 +34,7 @@ class _Adapters:
         self._protocol, self._batch = workload.protocol, batch
         self._device, self._dtype = torch.device(device), dtype
         self._names = [f"group_{k}" for k in range(len(workload.deltas))]
-        self._peft: Any = _with_adapters(workload, self._names)
-        self._peft = resident(self._peft, self._device, dtype).eval()
+        self._peft: Any = resident(_with_adapters(workload, self._names), self._device, dtype).eval()
 
     def _rows(self, queries: Tensor, batch: int, noise: Tensor | None) -> NoisedRows:
         return NoisedRows.make(
@@ -93,7 +92,7 @@ class PeftMerged(_Adapters):
             errors[part] = row_errors(self._peft, *batch)
 
 
-def _with_adapters(workload: Workload, names: list[str]) -> nn.Module:
+def _with_adapters(workload: Workload, names: list[str]) -> Any:
     """A PeftModel of a copy of the base, whose adapters hold the factors of the deltas."""
     try:
         from peft import LoraConfig, get_peft_model
@@ -102,10 +101,10 @@ def _with_adapters(workload: Workload, names: list[str]) -> nn.Module:
 
     model: Any = copy.deepcopy(workload.base)
     for name, delta in zip(names, workload.deltas, strict=True):
-        ranks = {part.rank if isinstance(part, LowRank) else None for part in delta.parts.values()}
-        if len(ranks) != 1 or None in ranks:
-            raise ValueError(f"peft_mixed: workload must have low-rank deltas of one rank, got ranks {ranks}")
-        rank = ranks.pop()
+        ranks = {part.rank if isinstance(part, LowRank) else 0 for part in delta.parts.values()}
+        rank = max(ranks)
+        if ranks != {rank} or rank == 0:
+            raise ValueError("peft_mixed: workload must have low-rank deltas of one rank, got others")
         layers = [key.removesuffix(".weight") for key in delta.parts]
         # alpha = r: a scale of one.
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)

@@ -64,7 +64,7 @@ class ReferenceLoop:
 
     def _load(self, folder: Path) -> Any:
         from diffusers import UNet2DModel
-        from diffusers.utils import is_accelerate_available
+        from diffusers.utils.import_utils import is_accelerate_available
 
         # The quicker way of the two, where its package is there.
         model = UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=is_accelerate_available())

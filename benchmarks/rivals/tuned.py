@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,23 +79,26 @@ class Tuned:
 
 def resident(base: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A copy of the base on the device, in channels-last."""
-    # Not base.to: diffusers' own takes no memory format.
-    return nn.Module.to(copy.deepcopy(base), device=device, dtype=dtype, memory_format=torch.channels_last)
+    # Not base.to: diffusers' own warns about modules that it would rather keep in float32.
+    to: Any = nn.Module.to
+    model: nn.Module = to(copy.deepcopy(base), device=device, dtype=dtype, memory_format=torch.channels_last)
+    return model
 
 
 @contextmanager
 def _compiled_once() -> Iterator[None]:
     """A second compilation is an error here: eager code may follow too many of them."""
     with warnings.catch_warnings(), torch._dynamo.config.patch(error_on_recompile=True):
-        # In diffusers' Upsample2D, of a function that compares version numbers.
+        # In diffusers' Upsample2D, of a function that compares version numbers; and in Inductor itself.
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
         yield
 
 
 @contextmanager
 def tensor_cores(allowed: bool) -> Iterator[None]:
     """Whether float32 products may round their factors to TF32 on CUDA."""
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [setting.allow_tf32 for setting in settings]
     try:
         for setting in settings:

@@ -78,7 +78,8 @@ class ComposedGroupNorm(nn.GroupNorm):
         variance, mean = torch.var_mean(grouped, dim=2, correction=0, keepdim=True)
         normed = ((grouped - mean) * torch.rsqrt(variance + self.eps)).to(input.dtype).reshape(input.shape)
         channels = (-1, *[1] * (input.dim() - 2))
-        return normed * self.weight.view(channels) + self.bias.view(channels)
+        result: Tensor = normed * self.weight.view(channels) + self.bias.view(channels)
+        return result
 
 
 @contextmanager
