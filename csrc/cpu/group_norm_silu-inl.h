@@ -2,55 +2,9 @@
 // Every channel is a lane of its own, so that all widths give the same bits.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/activation.h"
 
 namespace guda_fast::cpu::GUDA_FAST_SET {
-
-template <Dtype dtype>
-struct Activation {
-  using Type = float;
-  GUDA_FAST_INLINE VecF read(const Type* from) { return load<VecF>(from); }
-  GUDA_FAST_INLINE void write(Type* to, VecF v) { store(to, v); }
-};
-
-template <>
-struct Activation<Dtype::bfloat16> {
-  using Type = std::uint16_t;
-  GUDA_FAST_INLINE VecF read(const Type* from) { return bfloat16_to_float(load<VecU16>(from)); }
-  // To the nearest, ties to even. A nan stays one as long as its low bits are zero, as those of bfloat16
-  // values and of arithmetic are, and as finish_norm makes those of the parameters.
-  GUDA_FAST_INLINE void write(Type* to, VecF v) {
-    const VecU bits = reinterpret_cast<VecU>(v);
-    store(to, narrow((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16));
-  }
-};
-
-// The smaller and the larger one; b where either is not a number.
-GUDA_FAST_INLINE VecF min(VecF a, VecF b) {
-#if defined(__AVX512F__)
-  return _mm512_min_ps(a, b);
-#elif defined(__AVX2__)
-  return _mm256_min_ps(a, b);
-#elif defined(__SSE2__)
-  return _mm_min_ps(a, b);
-#else
-  const VecI less = a < b;
-  return reinterpret_cast<VecF>((reinterpret_cast<VecI>(a) & less) | (reinterpret_cast<VecI>(b) & ~less));
-#endif
-}
-
-GUDA_FAST_INLINE VecF max(VecF a, VecF b) {
-#if defined(__AVX512F__)
-  return _mm512_max_ps(a, b);
-#elif defined(__AVX2__)
-  return _mm256_max_ps(a, b);
-#elif defined(__SSE2__)
-  return _mm_max_ps(a, b);
-#else
-  const VecI more = a > b;
-  return reinterpret_cast<VecF>((reinterpret_cast<VecI>(a) & more) | (reinterpret_cast<VecI>(b) & ~more));
-#endif
-}
 
 // e^-a for a in [-87, 87], where neither it nor its exponent leaves the normal numbers: Cody and Waite's
 // reduction, and a minimax polynomial of degree six (relative error 3.1e-9) whose first two terms are exact

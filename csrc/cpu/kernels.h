@@ -66,6 +66,26 @@ using Normalize = void (*)(void* out, std::int64_t out_position_stride, const vo
                            std::int64_t x_position_stride, std::int64_t positions, std::int64_t channels,
                            const float* center, const float* factor, const float* offset, std::int64_t ahead);
 
+// Keys that attention takes at a time.
+constexpr int kKeyBlock = 8;
+
+// Queries of one (row, head) pair, and its packed keys and values. scratch has room for 2 * dim vectors.
+struct AttentionTile {
+  void* out;
+  std::int64_t out_stride;
+  const void* q;
+  std::int64_t q_stride;
+  std::int64_t queries, keys, dim;
+  double factor;  // of the scores, times the binary logarithm of e
+  const float *k, *v;
+  float* scratch;
+};
+
+// to[block][d][i] = from[block * kKeyBlock + i][d], with zeros behind the last row.
+using PackKeys = void (*)(float* to, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t dim);
+
+using Attend = void (*)(const AttentionTile& tile);
+
 struct Kernels {
   const char* name;
   NoiseWords noise_words;
@@ -75,6 +95,8 @@ struct Kernels {
   ChannelSums channel_sums[2];    // float32, bfloat16
   FinishNorm finish_norm;
   Normalize normalize[2][2];  // the same, without and with SiLU
+  PackKeys pack_keys[2];      // float32, bfloat16
+  Attend attend[2];
 };
 
 #define GUDA_FAST_DECLARE_KERNELS(set)                                                                       \
@@ -97,6 +119,10 @@ struct Kernels {
   void normalize(void* out, std::int64_t out_position_stride, const void* x, std::int64_t x_position_stride, \
                  std::int64_t positions, std::int64_t channels, const float* center, const float* factor,    \
                  const float* offset, std::int64_t ahead);                                                   \
+  template <Dtype dtype>                                                                                     \
+  void pack_keys(float* to, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t dim);     \
+  template <Dtype dtype>                                                                                     \
+  void attend(const AttentionTile& tile);                                                                    \
   }
 
 GUDA_FAST_DECLARE_KERNELS(baseline)

@@ -1,7 +1,7 @@
 // Vectors of one instruction set, through the compiler's vector extension, and the few operations
 // that the extension lacks. Included by the per-set files only, which define GUDA_FAST_SET.
 //
-// Every operation is exact or correctly rounded and acts on lanes alone, and contraction is off, so
+// Every operation but mul_add is exact or correctly rounded and acts on lanes alone, and contraction is off, so
 // that all widths give the same bits.
 #pragma once
 
@@ -80,6 +80,70 @@ GUDA_FAST_INLINE VecF sqrt(VecF a) {
   VecF root;
   for (int lane = 0; lane < kWidth; ++lane) root[lane] = __builtin_sqrtf(a[lane]);
   return root;
+#endif
+}
+
+// The smaller and the larger one; b where either is not a number.
+GUDA_FAST_INLINE VecF min(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_min_ps(a, b);
+#else
+  const VecI less = a < b;
+  return reinterpret_cast<VecF>((reinterpret_cast<VecI>(a) & less) | (reinterpret_cast<VecI>(b) & ~less));
+#endif
+}
+
+GUDA_FAST_INLINE VecF max(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
+#else
+  const VecI more = a > b;
+  return reinterpret_cast<VecF>((reinterpret_cast<VecI>(a) & more) | (reinterpret_cast<VecI>(b) & ~more));
+#endif
+}
+
+// a b + c, rounded once where the instruction set can. Only for results that are equal to a tolerance.
+GUDA_FAST_INLINE VecF mul_add(VecF a, VecF b, VecF c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Whether a > b in any lane.
+GUDA_FAST_INLINE bool any_greater(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps(_mm_cmpgt_ps(a, b)) != 0;
+#else
+  const VecI greater = a > b;
+  std::int32_t any = 0;
+  for (int lane = 0; lane < kWidth; ++lane) any |= greater[lane];
+  return any != 0;
+#endif
+}
+
+// v, but zero where a < b.
+GUDA_FAST_INLINE VecF zero_where_less(VecF v, VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ), v);
+#else
+  const VecI less = a < b;
+  return reinterpret_cast<VecF>(reinterpret_cast<VecI>(v) & ~less);
 #endif
 }
 
