@@ -10,6 +10,7 @@ namespace guda_fast::bindings {
 namespace py = pybind11;
 
 void register_add_noise(py::module_& module);
+void register_attention(py::module_& module);
 void register_denoising_error(py::module_& module);
 void register_group_norm_silu(py::module_& module);
 void register_build(py::module_& module);

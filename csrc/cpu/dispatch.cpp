@@ -20,6 +20,8 @@ namespace {
         {set::channel_sums<Dtype::float32>, set::channel_sums<Dtype::bfloat16>}, set::finish_norm,         \
         {{set::normalize<Dtype::float32, false>, set::normalize<Dtype::float32, true>},                    \
          {set::normalize<Dtype::bfloat16, false>, set::normalize<Dtype::bfloat16, true>}},                 \
+        {set::pack_keys<Dtype::float32>, set::pack_keys<Dtype::bfloat16>},                                 \
+        {set::attend<Dtype::float32>, set::attend<Dtype::bfloat16>},                                       \
   }
 
 struct Candidate {
@@ -39,7 +41,8 @@ bool has_f16c() {
 const Candidate kCandidates[] = {
     {GUDA_FAST_KERNELS(baseline), [] { return true; }},
 #if GUDA_FAST_WITH_AVX2
-    {GUDA_FAST_KERNELS(avx2), [] { return __builtin_cpu_supports("avx2") != 0 && has_f16c(); }},
+    {GUDA_FAST_KERNELS(avx2), 
+     [] { return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0 && has_f16c(); }},
 #endif
 #if GUDA_FAST_WITH_AVX512
     {GUDA_FAST_KERNELS(avx512),

@@ -69,22 +69,24 @@ using Normalize = void (*)(void* out, std::int64_t out_position_stride, const vo
 // Keys that attention takes at a time.
 constexpr int kKeyBlock = 8;
 
-// Queries of one (row, head) pair, and its packed keys and values. scratch has room for 2 * dim vectors.
-struct AttentionTile {
+// Queries of one (row, head) pair, `dim` elements each, and its packed keys and values. scratch, aligned as
+// vectors are, has room for kLanes * dim * 2.
+struct Queries {
   void* out;
   std::int64_t out_stride;
   const void* q;
   std::int64_t q_stride;
-  std::int64_t queries, keys, dim;
+  std::int64_t rows, keys, dim;
   double factor;  // of the scores, times the binary logarithm of e
   const float *k, *v;
   float* scratch;
 };
 
-// to[block][d][i] = from[block * kKeyBlock + i][d], with zeros behind the last row.
+// to[block][d][i] = from[block * kKeyBlock + i][d], and zeros behind the last row.
 using PackKeys = void (*)(float* to, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t dim);
 
-using Attend = void (*)(const AttentionTile& tile);
+// out = softmax of the scores, times v.
+using Attend = void (*)(const Queries& call);
 
 struct Kernels {
   const char* name;
@@ -122,7 +124,7 @@ struct Kernels {
   template <Dtype dtype>                                                                                     \
   void pack_keys(float* to, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t dim);     \
   template <Dtype dtype>                                                                                     \
-  void attend(const AttentionTile& tile);                                                                    \
+  void attend(const Queries& call);                                                                          \
   }
 
 GUDA_FAST_DECLARE_KERNELS(baseline)

@@ -110,6 +110,18 @@ GUDA_FAST_INLINE VecF max(VecF a, VecF b) {
 #endif
 }
 
+GUDA_FAST_INLINE VecF splat(float a) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(a);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(a);
+#elif defined(__SSE2__)
+  return _mm_set1_ps(a);
+#else
+  return a - VecF{};
+#endif
+}
+
 // a b + c, rounded once where the instruction set can. Only for results that are equal to a tolerance.
 GUDA_FAST_INLINE VecF mul_add(VecF a, VecF b, VecF c) {
 #if defined(__AVX512F__)

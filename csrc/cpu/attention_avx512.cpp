@@ -1,0 +1,2 @@
+#define GUDA_FAST_SET avx512
+#include "cpu/attention-inl.h"
