@@ -20,6 +20,24 @@ def add_noise(
     antithetic: bool,
     threads: int,
 ) -> None: ...
+def attention(
+    out: int,
+    out_strides: Sequence[int],
+    q: int,
+    q_strides: Sequence[int],
+    k: int,
+    k_strides: Sequence[int],
+    v: int,
+    v_strides: Sequence[int],
+    dtype: str,
+    rows: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    dim: int,
+    scale: float,
+    threads: int,
+) -> None: ...
 def denoising_error(
     errors: int,
     paired: int,

@@ -25,7 +25,7 @@ from guda_fast._validate import check_choice
 from guda_fast.errors import BackendUnavailableError
 
 ENVIRONMENT_VARIABLE = "GUDA_FAST_BACKEND"
-BACKEND_NAMES = ("auto", "cpp", "triton", "cuda", "reference")
+BACKEND_NAMES = ("auto", "cpp", "triton", "cuda", "torch", "reference")
 
 
 class Request(Protocol):

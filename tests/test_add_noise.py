@@ -260,7 +260,7 @@ INVALID = [
     ("out", torch.zeros(3, 3, 4).half(), TypeError, r"out must be float32, got float16"),
     ("out", torch.zeros(3, 3, 4, device="meta"), ValueError, r"out must be on cpu, got"),
     ("out", torch.zeros(3, 1, 4).expand(3, 3, 4), ValueError, r"out must not overlap itself, got strides"),
-    ("backend", "fpga", ValueError, r"backend must be one of 'auto', 'cpp', 'triton', 'cuda', 'reference', got 'fpga'"),
+    ("backend", "fpga", ValueError, r"backend must be one of 'auto', 'cpp', .*'reference', got 'fpga'"),
 ]  # fmt: skip
 
 

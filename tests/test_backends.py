@@ -90,7 +90,7 @@ def test_use_backend_ends_with_an_exception() -> None:
 
 
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    choices = "must be one of 'auto', 'cpp', 'triton', 'cuda', 'reference', got 'fpga'"
+    choices = "must be one of 'auto', 'cpp', 'triton', 'cuda', 'torch', 'reference', got 'fpga'"
     with pytest.raises(ValueError, match=f"use_backend: name {choices}"):
         _backends.use_backend("fpga").__enter__()
     with pytest.raises(ValueError, match=f"toy: backend {choices}"):

@@ -310,7 +310,7 @@ INVALID = [
     ("seed", None, TypeError, r"seed must be an integer, got None"),
     ("antithetic", "no", TypeError, r"antithetic must be a bool, got 'no'"),
     ("paired", 1, TypeError, r"paired must be a bool, got 1 \(int\)"),
-    ("backend", "", ValueError, r"backend must be one of 'auto', 'cpp', 'triton', 'cuda', 'reference', got ''"),
+    ("backend", "", ValueError, r"backend must be one of 'auto', 'cpp', .*'reference', got ''"),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Modules of diffusers with `group_norm_silu` in them, or without the copies that lose channels-last.
+"""Modules of diffusers with our ops in them, or without the copies that lose channels-last.
 
 Each stands for its original by class alone. Imports diffusers: imported where modules are fused.
 """
@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from guda_fast import ops
+from guda_fast.forward._fused_attention import FusedAttention, is_expressed
+from guda_fast.forward._original import runs_original
 
 
 class PerRow(nn.Module):
@@ -38,7 +41,7 @@ class FusedGroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the original's name)
         # PyTorch's own norm keeps channels-first activations, and is quick on them.
-        if _runs_original(input) or input.dim() > 5 or input.stride(1) != 1:
+        if runs_original(input) or input.dim() > 5 or input.stride(1) != 1:
             return super().forward(input)
         return _norm(self, input, silu=False)
 
@@ -52,7 +55,7 @@ class FusedUpsample2D(Upsample2D):
         plain = self.interpolate and norm is None and not self.use_conv_transpose and x.shape[1] == self.channels
         # diffusers copies for kernels that count in 32 bits, which such outputs do not exceed.
         small = output_size is None and 4 * x.numel() < 2**31
-        if args or kwargs or not plain or not small or _runs_original(x):
+        if args or kwargs or not plain or not small or runs_original(x):
             result: Tensor = super().forward(x, output_size, *args, **kwargs)
             return result
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
@@ -66,7 +69,7 @@ class FusedTransformer2DModel(Transformer2DModel):
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
     ) -> Tensor:
-        if _runs_original(residual) or not residual.is_contiguous(memory_format=torch.channels_last):
+        if runs_original(residual) or not residual.is_contiguous(memory_format=torch.channels_last):
             original: Any = super()._get_output_for_continuous_inputs
             result: Tensor = original(hidden_states, residual, batch_size, height, width, inner_dim)
             return result
@@ -82,7 +85,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
     """A ResnetBlock2D whose norms run with what surrounds them."""
 
     def forward(self, input_tensor: Tensor, temb: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or _runs_original(input_tensor) or not self._can_fuse(temb, len(input_tensor)):
+        if args or kwargs or runs_original(input_tensor) or not self._can_fuse(temb, len(input_tensor)):
             result: Tensor = super().forward(input_tensor, temb, *args, **kwargs)
             return result
         hidden: Tensor = _convolved(self.conv1, self._resampled(_norm(self.norm1, input_tensor)))
@@ -127,18 +130,6 @@ class FusedResnetBlock2D(ResnetBlock2D):
 _PLAIN = {nn.GroupNorm, FusedGroupNorm, nn.SiLU, nn.Conv2d}
 
 
-def _runs_original(x: Tensor) -> bool:
-    """Where gradients are recorded, autocast decides on types or hooks watch every module, the original's code runs."""
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.is_grad_enabled() or autocast or _watches_all()
-
-
-def _watches_all() -> bool:
-    watchers = nn.modules.module
-    return bool(watchers._global_forward_hooks or watchers._global_forward_pre_hooks)
-
-
 def _is_plain(module: nn.Module) -> bool:
     """Whether calling a module does what its class says and nothing else."""
     watched = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
@@ -174,12 +165,15 @@ def _biases(conv: nn.Conv2d | PerRow, rows: int) -> Tensor | None:
 
 
 def can_fuse(module: nn.Module) -> bool:
-    """Whether the op expresses what a module of a type in FUSED computes."""
+    """Whether an op expresses what a module of a type in FUSED computes."""
+    if isinstance(module, Attention):
+        return is_expressed(module)
     return not isinstance(module, ResnetBlock2D) or isinstance(module.nonlinearity, nn.SiLU)
 
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.GroupNorm: FusedGroupNorm,
+    Attention: FusedAttention,
     ResnetBlock2D: FusedResnetBlock2D,
     Transformer2DModel: FusedTransformer2DModel,
     Upsample2D: FusedUpsample2D,

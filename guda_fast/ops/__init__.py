@@ -1,6 +1,7 @@
 """The ops: each validates its arguments, chooses a backend and runs it."""
 
 from guda_fast.ops.add_noise import add_noise
+from guda_fast.ops.attention import attention
 from guda_fast.ops.delta_conv2d import delta_conv2d
 from guda_fast.ops.delta_linear import delta_linear
 from guda_fast.ops.denoising_error import denoising_error
@@ -10,6 +11,7 @@ from guda_fast.reference.denoising_error import DenoisingError
 __all__ = [
     "DenoisingError",
     "add_noise",
+    "attention",
     "delta_conv2d",
     "delta_linear",
     "denoising_error",
