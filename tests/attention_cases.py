@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guda_fast import ops, reference
+from guda_fast import _backends, ops, reference
 
 
 def make(
@@ -42,13 +42,18 @@ def assert_within_twice_eager(
     scale: float | None = None,
     run: Callable[..., Tensor] = ops.attention,
 ) -> None:
-    """The largest and the root mean square error; one rounding of the result is granted where eager is exact."""
+    """The largest and the root mean square error; one rounding of the result is granted where eager is exact.
+
+    The baseline has no fused multiply-add, which eager has: as many roundings again, so twice the largest error,
+    and the root of two in the mean of squares.
+    """
     exact = reference.attention(q, k, v, scale=scale, dtype=torch.float64)
     ours, eager = run(q, k, v, scale=scale), F.scaled_dot_product_attention(q, k, v, scale=scale)
     assert ours.dtype == q.dtype
     error, rival = (ours.double() - exact).abs(), (eager.double() - exact).abs()
     rounding = torch.finfo(q.dtype).eps / 2
-    largest = 2 * rival.max() + rounding * exact.abs().max()
-    mean = 2 * rival.square().mean().sqrt() + rounding * exact.square().mean().sqrt()
+    roundings = 2 if _backends.native_detail() == "baseline" else 1
+    largest = 2 * roundings * rival.max() + rounding * exact.abs().max()
+    mean = 2 * roundings**0.5 * rival.square().mean().sqrt() + rounding * exact.square().mean().sqrt()
     assert float(error.max()) <= float(largest)
     assert float(error.square().mean().sqrt()) <= float(mean)

@@ -177,3 +177,23 @@ def group_norm_silu_arguments(out: torch.Tensor, x: torch.Tensor, groups: int, t
         "threads": threads,
         **dict.fromkeys(names, 0),
     }
+
+
+def attention_arguments(
+    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, threads: int = 1
+) -> dict[str, Any]:
+    """Of (rows, heads, positions, dim) tensors."""
+    tensors = {"out": out, "q": q, "k": k, "v": v}
+    rows, heads, queries, dim = q.shape
+    return {
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        **{f"{name}_strides": tensor.stride()[:3] for name, tensor in tensors.items()},
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "rows": rows,
+        "heads": heads,
+        "queries": queries,
+        "keys": k.shape[2],
+        "dim": dim,
+        "scale": dim**-0.5,
+        "threads": threads,
+    }
