@@ -64,6 +64,7 @@ class Benchmark:
 def benchmarks() -> dict[str, Benchmark]:
     """Every benchmark by name."""
     from benchmarks import (
+        attention,
         delta_ops,
         gpu_ceilings,
         gpu_delta_ops,
@@ -81,6 +82,7 @@ def benchmarks() -> dict[str, Benchmark]:
         noise_ops,
         noise_ops_threads,
         group_norm_silu,
+        attention,
         delta_ops,
         ladder,
         ladder_large,

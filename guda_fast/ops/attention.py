@@ -19,7 +19,7 @@ _NAME = "attention"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Behind these PyTorch's matrix products are the quicker ones (benchmarks/attention.py), or, with more keys, float32
 # sums over all of them too long for our bound on errors.
-_MAX_DIM = {"avx512": 256, "avx2": 256, "baseline": 32}
+MAX_DIM = {"avx512": 256, "avx2": 256, "baseline": 32}
 _MAX_KEYS = 4096
 _FEW_QUERIES = 8
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of the extension
@@ -127,8 +127,8 @@ def _size_reason(request: _Request) -> str | None:
     _, _, queries, dim = request.q.shape
     keys = request.k.shape[2]
     instruction_set = _backends.native_detail()
-    if dim > _MAX_DIM[instruction_set]:
-        return f"heads have {dim} dimensions, and cpp with {instruction_set} takes {_MAX_DIM[instruction_set]} at most"
+    if dim > MAX_DIM[instruction_set]:
+        return f"heads have {dim} dimensions, and cpp with {instruction_set} takes {MAX_DIM[instruction_set]} at most"
     if keys > _MAX_KEYS:
         return f"there are {keys} keys, and cpp takes {_MAX_KEYS} at most"
     if queries < min(keys, _FEW_QUERIES):
