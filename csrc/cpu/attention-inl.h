@@ -7,8 +7,8 @@
 
 namespace guda_fast::cpu::GUDA_FAST_SET {
 
-// 2^t for t < 126; 0 below -126, whose powers are no normal numbers. Minimax polynomials on [-0.5, 0.5]: relative
-// error 1.6e-8, or 2.9e-6 where the result is rounded to bfloat16, half of whose spacing is 2^-9.
+// 2^t for t < 126; 0 below -126, whose powers are no normal numbers. Minimax polynomials on [-0.5, 0.5]:
+// relative error 1.6e-8, or 2.9e-6 where the result is rounded to bfloat16, half of whose spacing is 2^-9.
 template <Dtype dtype>
 GUDA_FAST_INLINE VecF exp2(VecF t) {
   const VecF n = nearest(t);
@@ -28,38 +28,80 @@ GUDA_FAST_INLINE VecF exp2(VecF t) {
   return zero_where_less(scale_by_power(mul_add(f, p, splat(1.0f)), n), t, splat(-126.0f));
 }
 
-// to[block][d][i] = from[kKeyBlock block + i][d] in float32, and zeros behind the last row.
+// to[d][i] = from[i][d], four by four where that goes.
 template <Dtype dtype>
-void pack_keys(float* to, const void* source, std::int64_t stride, std::int64_t rows, std::int64_t dim) {
-  using T = typename Activation<dtype>::Type;
-  const T* from = static_cast<const T*>(source);
-  for (std::int64_t first = 0; first < rows; first += kKeyBlock, to += kKeyBlock * dim) {
-    for (std::int64_t i = 0; i < kKeyBlock; ++i) {
-      const T* row = from + (first + i) * stride;
-      const bool present = first + i < rows;
-      for (std::int64_t d = 0; d < dim; ++d) {
-        to[d * kKeyBlock + i] = present ? Activation<dtype>::to_float(row[d]) : 0.0f;
+GUDA_FAST_INLINE void read_columns(float* to, std::int64_t to_stride,
+                                   const typename Activation<dtype>::Type* from, std::int64_t stride,
+                                   std::int64_t rows, std::int64_t dim) {
+  for (std::int64_t d = 0; d < dim; d += 4) {
+    std::int64_t i = 0;
+    for (; d + 4 <= dim && i + 4 <= rows; i += 4) {
+      Quad block[4];
+      for (int row = 0; row < 4; ++row)
+        block[row] = Activation<dtype>::read_quad(from + (i + row) * stride + d);
+      transpose(block);
+      for (int column = 0; column < 4; ++column) store(to + (d + column) * to_stride + i, block[column]);
+    }
+    for (; i < rows; ++i) {
+      for (std::int64_t e = d; e < d + 4 && e < dim; ++e) {
+        to[e * to_stride + i] = Activation<dtype>::to_float(from[i * stride + e]);
       }
     }
   }
 }
 
-// What kWidth queries know of the keys so far: p = 2^(score - base), summed here and, times v, in a total for each
-// dimension.
+// to[i][d] = from[d][i], the inverse. Reads up to three vectors behind the last one.
+template <Dtype dtype>
+GUDA_FAST_INLINE void write_rows(typename Activation<dtype>::Type* to, std::int64_t stride, const float* from,
+                                 std::int64_t rows, std::int64_t dim) {
+  using T = typename Activation<dtype>::Type;
+  for (std::int64_t i = 0; i < rows; i += 4) {
+    for (std::int64_t d = 0; d < dim; d += 4) {
+      Quad block[4];
+      for (int row = 0; row < 4; ++row) block[row] = load<Quad>(from + (d + row) * kWidth + i);
+      transpose(block);
+      for (std::int64_t row = 0; row < 4 && i + row < rows; ++row) {
+        T* at = to + (i + row) * stride + d;
+        if (d + 4 <= dim) {
+          Activation<dtype>::write_quad(at, block[row]);
+        } else {
+          T few[4];
+          Activation<dtype>::write_quad(few, block[row]);
+          std::memcpy(at, few, static_cast<std::size_t>(dim - d) * sizeof(T));
+        }
+      }
+    }
+  }
+}
+
+template <Dtype dtype>
+void pack_keys(float* to, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t dim) {
+  using T = typename Activation<dtype>::Type;
+  const T* row = static_cast<const T*>(from);
+  for (; rows >= kKeyBlock; rows -= kKeyBlock, row += kKeyBlock * stride, to += kKeyBlock * dim) {
+    read_columns<dtype>(to, kKeyBlock, row, stride, kKeyBlock, dim);
+  }
+  if (rows == 0) return;
+  std::memset(to, 0, static_cast<std::size_t>(kKeyBlock * dim) * sizeof(float));
+  read_columns<dtype>(to, kKeyBlock, row, stride, rows, dim);
+}
+
+// What kWidth queries know of the keys so far: p = 2^(score - base), summed here and, times v, in a total for
+// each dimension.
 struct Running {
   VecF base, sum;
 };
 
-// The base follows scores that exceed it by more than this. Powers up to 2^16 lose no digit, and nearly no block has
-// scores so far above those before: the old sums are scaled seldom.
+// The base follows scores that exceed it by more than this. Powers up to 2^16 lose no digit, and nearly no
+// block has scores so far above those before: the old sums are scaled seldom.
 constexpr float kSlack = 16.0f;
 
 template <Dtype dtype>
 GUDA_FAST_INLINE void raise_base(Running* running, VecF* total, VecF most, std::int64_t dim) {
   const VecI above = most > running->base + kSlack;
   const VecF base = running->base;
-  running->base =
-      reinterpret_cast<VecF>((reinterpret_cast<VecI>(most) & above) | (reinterpret_cast<VecI>(base) & ~above));
+  running->base = reinterpret_cast<VecF>((reinterpret_cast<VecI>(most) & above) |
+                                         (reinterpret_cast<VecI>(base) & ~above));
   const VecF factor = exp2<dtype>(base - running->base);
   running->sum = running->sum * factor;
   for (std::int64_t d = 0; d < dim; ++d) total[d] = total[d] * factor;
@@ -67,8 +109,8 @@ GUDA_FAST_INLINE void raise_base(Running* running, VecF* total, VecF most, std::
 
 // One block of keys, `used` of which are there. queries and total have a vector for each dimension.
 template <Dtype dtype>
-GUDA_FAST_INLINE void add_keys(Running* running, VecF* total, const VecF* queries, const float* k, const float* v,
-                               std::int64_t used, std::int64_t dim) {
+GUDA_FAST_INLINE void add_keys(Running* running, VecF* total, const VecF* queries, const float* k,
+                               const float* v, std::int64_t used, std::int64_t dim) {
   VecF p[kKeyBlock];
 #pragma GCC unroll 8
   for (int i = 0; i < kKeyBlock; ++i) p[i] = VecF{};
@@ -98,14 +140,11 @@ GUDA_FAST_INLINE void add_keys(Running* running, VecF* total, const VecF* querie
 
 // to[d][i] = from[i][d] factor, and zeros in the lanes behind the last row.
 template <Dtype dtype>
-GUDA_FAST_INLINE void load_queries(float* to, const typename Activation<dtype>::Type* from, std::int64_t stride,
-                                   std::int64_t rows, std::int64_t dim, double factor) {
-  std::memset(to, 0, static_cast<std::size_t>(kWidth * dim) * sizeof(float));
-  for (std::int64_t i = 0; i < rows; ++i) {
-    for (std::int64_t d = 0; d < dim; ++d) {
-      to[d * kWidth + i] = static_cast<float>(Activation<dtype>::to_float(from[i * stride + d]) * factor);
-    }
-  }
+GUDA_FAST_INLINE void load_queries(float* to, const typename Activation<dtype>::Type* from,
+                                   std::int64_t stride, std::int64_t rows, std::int64_t dim, double factor) {
+  if (rows < kWidth) std::memset(to, 0, static_cast<std::size_t>(kWidth * dim) * sizeof(float));
+  read_columns<dtype>(to, kWidth, from, stride, rows, dim);
+  for (std::int64_t j = 0; j < kWidth * dim; ++j) to[j] = static_cast<float>(to[j] * factor);
 }
 
 // Up to kWidth queries. With a dimension that the compiler knows, everything stays in registers.
@@ -113,8 +152,8 @@ template <Dtype dtype, int fixed_dim>
 void attend_tile(const Queries& call, std::int64_t first, std::int64_t rows) {
   using T = typename Activation<dtype>::Type;
   const std::int64_t dim = fixed_dim != 0 ? fixed_dim : call.dim;
-  load_queries<dtype>(call.scratch, static_cast<const T*>(call.q) + first * call.q_stride, call.q_stride, rows, dim,
-                      call.factor);
+  load_queries<dtype>(call.scratch, static_cast<const T*>(call.q) + first * call.q_stride, call.q_stride,
+                      rows, dim, call.factor);
   VecF own[fixed_dim != 0 ? 2 * fixed_dim : 1];
   VecF* queries = own;
   if constexpr (fixed_dim == 0) {
@@ -135,12 +174,9 @@ void attend_tile(const Queries& call, std::int64_t first, std::int64_t rows) {
     v += kKeyBlock * dim;
   }
   const VecF share = 1.0f / running.sum;
-  T* results = reinterpret_cast<T*>(call.scratch);  // behind the totals that are still to be read
-  for (std::int64_t d = 0; d < dim; ++d) Activation<dtype>::write(results + d * kWidth, total[d] * share);
-  T* out = static_cast<T*>(call.out) + first * call.out_stride;
-  for (std::int64_t i = 0; i < rows; ++i) {
-    for (std::int64_t d = 0; d < dim; ++d) out[i * call.out_stride + d] = results[d * kWidth + i];
-  }
+  float* results = call.scratch + kWidth * dim;  // where the totals are, if they are in memory
+  for (std::int64_t d = 0; d < dim; ++d) store(results + d * kWidth, total[d] * share);
+  write_rows<dtype>(static_cast<T*>(call.out) + first * call.out_stride, call.out_stride, results, rows, dim);
 }
 
 template <Dtype dtype>
@@ -156,7 +192,7 @@ void attend(const Queries& call) {
   }
 }
 
-#define GUDA_FAST_INSTANTIATE(dtype)                                                                       \
+#define GUDA_FAST_INSTANTIATE(dtype)                                                             \
   template void pack_keys<dtype>(float*, const void*, std::int64_t, std::int64_t, std::int64_t); \
   template void attend<dtype>(const Queries&);
 GUDA_FAST_INSTANTIATE(Dtype::float32)

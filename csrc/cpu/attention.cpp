@@ -31,14 +31,14 @@ struct Free {
 struct Workspace {
   std::int64_t pair = -1;
   std::unique_ptr<float, Free> memory;
-  float *k, *v, *scratch;
+  float *scratch, *k, *v;
 
   Workspace(std::int64_t packed, std::int64_t dim)
-      : memory(static_cast<float*>(
-            ::operator new(static_cast<std::size_t>(2 * packed + 2 * kLanes * dim) * sizeof(float), kVector))),
-        k(memory.get() + 2 * kLanes * dim),
-        v(k + packed),
-        scratch(memory.get()) {}
+      : memory(static_cast<float*>(::operator new(
+            static_cast<std::size_t>(2 * packed + (2 * dim + 3) * kLanes) * sizeof(float), kVector))),
+        scratch(memory.get()),
+        k(scratch + (2 * dim + 3) * kLanes),
+        v(k + packed) {}
 };
 
 int thread_number() {
@@ -60,14 +60,16 @@ class Runner {
   void pack(Workspace& work, std::int64_t pair) const {
     if (work.pair == pair) return;
     work.pair = pair;
-    pack_(work.k, at(call_.k, call_.k_layout, pair, 0), call_.k_layout.position_stride, call_.keys, call_.dim);
-    pack_(work.v, at(call_.v, call_.v_layout, pair, 0), call_.v_layout.position_stride, call_.keys, call_.dim);
+    pack_(work.k, at(call_.k, call_.k_layout, pair, 0), call_.k_layout.position_stride, call_.keys,
+          call_.dim);
+    pack_(work.v, at(call_.v, call_.v_layout, pair, 0), call_.v_layout.position_stride, call_.keys,
+          call_.dim);
   }
 
   void attend(const Workspace& work, std::int64_t pair, std::int64_t first, std::int64_t last) const {
     attend_({at(call_.out, call_.out_layout, pair, first), call_.out_layout.position_stride,
-             at(call_.q, call_.q_layout, pair, first), call_.q_layout.position_stride, last - first, call_.keys,
-             call_.dim, call_.scale * 1.4426950408889634, work.k, work.v, work.scratch});
+             at(call_.q, call_.q_layout, pair, first), call_.q_layout.position_stride, last - first,
+             call_.keys, call_.dim, call_.scale * 1.4426950408889634, work.k, work.v, work.scratch});
   }
 
  private:
@@ -121,7 +123,8 @@ Dtype parse_dtype(const std::string& name) {
 void check_elements(const Attention& call, const char* name, std::int64_t positions) {
   std::int64_t elements = 1;
   for (const std::int64_t size : {call.rows, call.heads, positions, call.dim}) {
-    require(size == 0 || elements <= kMaxElements / size, kOp, ": ", name, " must have at most 2**40 elements");
+    require(size == 0 || elements <= kMaxElements / size, kOp, ": ", name,
+            " must have at most 2**40 elements");
     elements *= std::max(size, std::int64_t{1});
   }
 }
@@ -141,8 +144,8 @@ void check_sizes(const Attention& call) {
 void check_tensor(const Attention& call, const char* name, const void* data, const Heads& layout,
                   std::int64_t positions, std::uintptr_t alignment) {
   require(data != nullptr, kOp, ": ", name, " must not be a null pointer");
-  require(reinterpret_cast<std::uintptr_t>(data) % alignment == 0, kOp, ": ", name, " must be aligned to ", alignment,
-          " bytes");
+  require(reinterpret_cast<std::uintptr_t>(data) % alignment == 0, kOp, ": ", name, " must be aligned to ",
+          alignment, " bytes");
   check_reach(kOp, join(name, "_strides").c_str(), {call.rows, call.heads}, {positions},
               {layout.row_stride, layout.head_stride, layout.position_stride});
 }

@@ -41,7 +41,7 @@ bool has_f16c() {
 const Candidate kCandidates[] = {
     {GUDA_FAST_KERNELS(baseline), [] { return true; }},
 #if GUDA_FAST_WITH_AVX2
-    {GUDA_FAST_KERNELS(avx2), 
+    {GUDA_FAST_KERNELS(avx2),
      [] { return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0 && has_f16c(); }},
 #endif
 #if GUDA_FAST_WITH_AVX512

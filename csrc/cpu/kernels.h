@@ -70,7 +70,7 @@ using Normalize = void (*)(void* out, std::int64_t out_position_stride, const vo
 constexpr int kKeyBlock = 8;
 
 // Queries of one (row, head) pair, `dim` elements each, and its packed keys and values. scratch, aligned as
-// vectors are, has room for kLanes * dim * 2.
+// vectors are, has room for (2 * dim + 3) * kLanes.
 struct Queries {
   void* out;
   std::int64_t out_stride;
@@ -83,7 +83,8 @@ struct Queries {
 };
 
 // to[block][d][i] = from[block * kKeyBlock + i][d], and zeros behind the last row.
-using PackKeys = void (*)(float* to, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t dim);
+using PackKeys = void (*)(float* to, const void* from, std::int64_t stride, std::int64_t rows,
+                          std::int64_t dim);
 
 // out = softmax of the scores, times v.
 using Attend = void (*)(const Queries& call);

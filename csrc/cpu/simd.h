@@ -1,8 +1,8 @@
 // Vectors of one instruction set, through the compiler's vector extension, and the few operations
 // that the extension lacks. Included by the per-set files only, which define GUDA_FAST_SET.
 //
-// Every operation but mul_add is exact or correctly rounded and acts on lanes alone, and contraction is off, so
-// that all widths give the same bits.
+// Every operation but mul_add is exact or correctly rounded and acts on lanes alone, and contraction is off,
+// so that all widths give the same bits.
 #pragma once
 
 #include <cstdint>
@@ -41,6 +41,9 @@ typedef std::uint64_t VecU64 __attribute__((vector_size(8 * kHalf)));
 typedef double VecD __attribute__((vector_size(8 * kHalf)));
 typedef float HalfF __attribute__((vector_size(4 * kHalf)));
 typedef std::uint16_t VecU16 __attribute__((vector_size(2 * kWidth)));
+typedef float Quad __attribute__((vector_size(16)));
+typedef std::uint32_t QuadU __attribute__((vector_size(16)));
+typedef std::uint16_t QuadU16 __attribute__((vector_size(8)));
 
 template <typename Vec, typename T>
 GUDA_FAST_INLINE Vec load(const T* from) {
@@ -251,6 +254,18 @@ GUDA_FAST_INLINE HalfF high_half(VecF a) {
 #else
   return shuffle<HalfF, 2, 3>(a, a);
 #endif
+}
+
+// The four columns of four rows.
+GUDA_FAST_INLINE void transpose(Quad* rows) {
+  const Quad low01 = shuffle<Quad, 0, 4, 1, 5>(rows[0], rows[1]),
+             low23 = shuffle<Quad, 0, 4, 1, 5>(rows[2], rows[3]);
+  const Quad high01 = shuffle<Quad, 2, 6, 3, 7>(rows[0], rows[1]);
+  const Quad high23 = shuffle<Quad, 2, 6, 3, 7>(rows[2], rows[3]);
+  rows[0] = shuffle<Quad, 0, 1, 4, 5>(low01, low23);
+  rows[1] = shuffle<Quad, 2, 3, 6, 7>(low01, low23);
+  rows[2] = shuffle<Quad, 0, 1, 4, 5>(high01, high23);
+  rows[3] = shuffle<Quad, 2, 3, 6, 7>(high01, high23);
 }
 
 GUDA_FAST_INLINE VecD to_double(HalfF a) { return __builtin_convertvector(a, VecD); }
