@@ -136,19 +136,19 @@ GUDA_FAST_INLINE VecF mul_add(VecF a, VecF b, VecF c) {
 #endif
 }
 
-// Whether a > b in any lane.
-GUDA_FAST_INLINE bool any_greater(VecF a, VecF b) {
+// Whether a > b in any lane, or either is not a number.
+GUDA_FAST_INLINE bool any_not_at_most(VecF a, VecF b) {
 #if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+  return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ) != 0;
 #elif defined(__AVX2__)
-  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)) != 0;
 #elif defined(__SSE2__)
-  return _mm_movemask_ps(_mm_cmpgt_ps(a, b)) != 0;
+  return _mm_movemask_ps(_mm_cmpnle_ps(a, b)) != 0;
 #else
-  const VecI greater = a > b;
-  std::int32_t any = 0;
-  for (int lane = 0; lane < kWidth; ++lane) any |= greater[lane];
-  return any != 0;
+  const VecI at_most = a <= b;
+  std::int32_t all = -1;
+  for (int lane = 0; lane < kWidth; ++lane) all &= at_most[lane];
+  return all == 0;
 #endif
 }
 
@@ -181,6 +181,17 @@ GUDA_FAST_INLINE VecF scale_by_power(VecF a, VecF n) {
   return _mm512_scalef_ps(a, n);
 #else
   return reinterpret_cast<VecF>(reinterpret_cast<VecI>(a) + (__builtin_convertvector(n, VecI) << 23));
+#endif
+}
+
+// The same where n may be less than -126, for which the result is some number, or not be one, for which it is
+// a's.
+GUDA_FAST_INLINE VecF scale_by_any_power(VecF a, VecF n) {
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(a, n);
+#else
+  const VecI exponent = __builtin_convertvector(max(n, splat(-126.0f)), VecI) + 127;
+  return a * reinterpret_cast<VecF>(exponent << 23);
 #endif
 }
 

@@ -46,15 +46,16 @@ class FusedAttention(Attention):
         # The older processor alone reads the attribute.
         scale = self.scale if type(self.processor) is AttnProcessor else None
         hidden = ops.attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
-        hidden = self.to_out[1](self.to_out[0](hidden))
+        projected: Tensor = self.to_out[1](self.to_out[0](hidden))
         if is_map:
-            hidden = hidden.transpose(1, 2).unflatten(2, hidden_states.shape[2:])
+            projected = projected.transpose(1, 2).unflatten(2, hidden_states.shape[2:])
         if self.residual_connection:
-            hidden = hidden + hidden_states
-        return hidden if self.rescale_output_factor == 1.0 else hidden / self.rescale_output_factor
+            projected = projected + hidden_states
+        return projected if self.rescale_output_factor == 1.0 else projected / self.rescale_output_factor
 
     def _by_head(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        split: Tensor = tokens.unflatten(2, (self.heads, -1))
+        return split.transpose(1, 2)
 
 
 def is_expressed(attention: Attention) -> bool:

@@ -1,4 +1,4 @@
-"""Puts `group_norm_silu` into a diffusers model, keeps its activations channels-last, and takes both out again."""
+"""Puts `group_norm_silu` and `attention` into a diffusers model, keeps its activations channels-last, and takes both out again."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ def fuse(model: ModelT) -> ModelT:
     """Make a UNet of diffusers run its group norms with what surrounds them, in channels-last throughout.
 
     Residual blocks run norm, time embedding, scale, shift and SiLU as one op, and the first convolution's bias with
-    it; other group norms, as in attention, run as the op without SiLU.
+    it; other group norms, as in attention, run as the op without SiLU. Attention without a mask runs its heads as the
+    op `attention`, between projections that are called as before.
     Upsample2D and Transformer2DModel no longer copy channels-last activations into channels-first.
 
     Modules change their class in place and nothing else: parameters, buffers, hooks and the keys of the state dict
-    stay as they are, so that a delta that is written into the parameters is seen. Left alone is what the op cannot
-    express (another activation) and every subclass. While gradients are recorded or autocast is on, fused modules
+    stay as they are, so that a delta that is written into the parameters is seen. Left alone is what the ops cannot
+    express (another activation, norms of queries) and every subclass. While gradients are recorded or autocast is on, fused modules
     run the original's operations; so do all under hooks for every module, and a residual block with hooks on the norms
     and convolutions inside. A model that is fused already stays so.
 
