@@ -1,4 +1,4 @@
-"""Puts `group_norm_silu` and `attention` into a diffusers model, keeps its activations channels-last, and takes both out again."""
+"""Puts our ops into a diffusers model, keeps its activations channels-last, and takes both out again."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ def fuse(model: ModelT) -> ModelT:
 
     Modules change their class in place and nothing else: parameters, buffers, hooks and the keys of the state dict
     stay as they are, so that a delta that is written into the parameters is seen. Left alone is what the ops cannot
-    express (another activation, norms of queries) and every subclass. While gradients are recorded or autocast is on, fused modules
-    run the original's operations; so do all under hooks for every module, and a residual block with hooks on the norms
-    and convolutions inside. A model that is fused already stays so.
+    express (another activation, norms of queries) and every subclass. While gradients are recorded or autocast is on,
+    fused modules run the original's operations; so do all under hooks for every module, a residual block with hooks on
+    the norms and convolutions inside, and an attention with a mask or another processor. A model that is fused already
+    stays so.
 
     model: changed in place; its speed is in channels-last, ``model.to(memory_format=torch.channels_last)``
 
