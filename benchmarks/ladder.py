@@ -25,11 +25,12 @@ from benchmarks.registry import Benchmark, Case, Contender
 from benchmarks.rivals import BareForwards, PeftMerged, PeftMixed, ReferenceLoop, StackedModels, Tuned
 from benchmarks.workloads import ARCHITECTURES, FORMS, Workload, make_workload
 from guda_fast import DeltaBank
-from guda_fast.attribution import PRECISIONS, prepare
+from guda_fast.datasets.queries import load_queries
 from guda_fast.estimators import Full
-from guda_fast.forward import fuse
+from guda_fast.forward import POLICIES, Engine
 
 ALL = frozenset({"reference", "eager", "compiled", "vmap", "peft", "bare"})
+PRECISIONS = {"float32": "fp32", "tf32": "tf32", "bfloat16": "bf16", "float16": "fp16"}
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -70,23 +71,23 @@ class Ours:
 
     def __init__(self, workload: Workload, job: Job, device: str) -> None:
         bank = DeltaBank.load(workload.base, {delta.origin: delta for delta in workload.deltas})
-        self._protocol = workload.protocol
-        self._plan, self._queries = prepare(
-            workload.queries,
+        self._engine = Engine(
             bank,
             workload.protocol,
-            batch_size=job.batch,
+            workload.queries.shape[1:],
             device=device,
-            precision=job.precision,
+            precision=POLICIES[PRECISIONS[job.precision]],
+            batch_size=job.batch,
+            plan="swap",
         )
-        fuse(bank.model)
+        self._queries = load_queries(workload.queries, channels=workload.queries.shape[1])
 
     def scores(self) -> object:
-        return Full().run(self._plan, self._queries, self._protocol, lambda forwards: None).scores
+        return Full().run(self._engine, self._queries, lambda forwards: None).scores
 
     def forward(self, x_t: Tensor, timestep: Tensor) -> object:
         """One batch through the resident model, as a run calls it."""
-        return self._plan.bank.model(x_t, timestep, return_dict=False)[0]
+        return self._engine.swap.forward(x_t, timestep)
 
 
 def job_case(job: Job, quick: bool, mode: str | None = None) -> Case:
@@ -126,16 +127,13 @@ def _contenders(workload: Workload, job: Job, quick: bool, mode: str | None) -> 
         yield scorer("tuned compiled", Tuned, tf32=tf32, **how)
     if "eager" in job.rivals:
         yield scorer("tuned eager", Tuned, tf32=tf32, compiler=None)
-    if job.precision in PRECISIONS:
-        ours = Ours(workload, job, device)
-        yield contender("guda_fast swap", ours.scores)
-        if "bare" in job.rivals:
-            batches = workload.models * -(-workload.rows // job.batch)
-            shape = (job.batch, *workload.queries.shape[1:])
-            bare = BareForwards(ours.forward, shape, batches=batches, dtype=dtype, device=device)
-            yield contender("bare forwards", bare.run)
-    else:
-        print(f"{job}: guda_fast is not measured: it has no {job.precision}", file=sys.stderr)
+    ours = Ours(workload, job, device)
+    yield contender("guda_fast swap", ours.scores)
+    if "bare" in job.rivals:
+        batches = workload.models * -(-workload.rows // job.batch)
+        shape = (job.batch, *workload.queries.shape[1:])
+        bare = BareForwards(ours.forward, shape, batches=batches, dtype=dtype, device=device)
+        yield contender("bare forwards", bare.run)
     if "vmap" in job.rivals:
         yield scorer("vmap", StackedModels)
     if "peft" in job.rivals and job.form != "dense":

@@ -76,6 +76,7 @@ def benchmarks() -> dict[str, Benchmark]:
         ladder_large,
         noise_ops,
         noise_ops_threads,
+        plans,
     )
 
     modules = (
@@ -84,6 +85,7 @@ def benchmarks() -> dict[str, Benchmark]:
         group_norm_silu,
         attention,
         delta_ops,
+        plans,
         ladder,
         ladder_large,
         gpu_ceilings,

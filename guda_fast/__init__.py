@@ -12,18 +12,27 @@ from guda_fast.attribution import attribute
 from guda_fast.build_config import build_config
 from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion import Protocol, Schedule
-from guda_fast.errors import BackendUnavailableError, CancelledError, CheckpointError
+from guda_fast.errors import (
+    BackendUnavailableError,
+    BatchedUnavailableError,
+    CancelledError,
+    CheckpointError,
+    PrecisionError,
+)
 from guda_fast.estimators import Full
 from guda_fast.ops import add_noise, denoising_error
+from guda_fast.prepare import precision_audit
 from guda_fast.results import Attribution
 
 __all__ = [
     "Attribution",
     "BackendUnavailableError",
+    "BatchedUnavailableError",
     "CancelledError",
     "CheckpointError",
     "DeltaBank",
     "Full",
+    "PrecisionError",
     "Protocol",
     "Schedule",
     "__version__",
@@ -32,5 +41,6 @@ __all__ = [
     "build_config",
     "denoising_error",
     "explain",
+    "precision_audit",
     "use_backend",
 ]

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from guda_fast._validate import check_choice, describe
+from guda_fast._validate import describe
 from guda_fast._version import __version__
-from guda_fast.datasets.queries import QuerySet, QuerySource, load_queries
+from guda_fast.datasets.queries import QuerySource
 from guda_fast.deltas import DeltaBank
-from guda_fast.diffusion import Protocol, Schedule
+from guda_fast.diffusion import Protocol
 from guda_fast.errors import CancelledError
 from guda_fast.estimators import Full
-from guda_fast.forward import SwapPlan
+from guda_fast.prepare import Execution, Prepared, prepare
 from guda_fast.results import Attribution
-
-PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 ProgressCallback = Callable[[int, int], object]
 """Called with (forwards done, forwards in all)."""
@@ -37,7 +33,10 @@ def attribute(
     ids: Sequence[int] | None = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
-    precision: str = "float32",
+    precision: str = "fp32",
+    plan: str = "auto",
+    compiled: bool = False,
+    allow_lossy: bool = False,
     progress: bool | ProgressCallback = False,
     cancel: Callable[[], bool] | None = None,
 ) -> Attribution:
@@ -55,8 +54,12 @@ def attribute(
     protocol: the draws; it must come from the schedule that the bank's model was trained with.
     estimator: how the score is reached [Full() by default].
     ids: query ids instead of content hashes [N, 0..2^64-1].
-    batch_size: rows a forward [>= 1; 64 on a CPU, 512 on CUDA]. device: [CUDA where there is one].
-    precision: of the forwards ["float32" or "float64"].
+    batch_size: rows a forward [>= 1; see `guda_fast.forward.Engine`]. device: [CUDA where there is one].
+    precision: of the forwards ["fp64", "fp32", "bf16"; "tf32" and "fp16" on CUDA; "auto": the fastest one that passes].
+        Below fp32 a few queries are scored in fp32 too, and PrecisionError is raised where the scores differ: see
+        `precision_audit`. allow_lossy: go on where they differ.
+    plan: how forwards are executed ["swap", "batched", or "auto": the one that is measured to be faster].
+    compiled: run the swap plan's model through torch.compile.
     progress: True for a bar, or a callback with (forwards done, in all).
     cancel: polled after every batch; when it returns True, CancelledError is raised.
 
@@ -71,13 +74,13 @@ def attribute(
         raise TypeError(f"attribute: progress must be a bool or a callback, got {describe(progress)}")
     if not (cancel is None or callable(cancel)):
         raise TypeError(f"attribute: cancel must be a callback, got {describe(cancel)}")
-    plan, query_set = prepare(
-        queries, bank, protocol, ids=ids, batch_size=batch_size, device=device, precision=precision
-    )
+    how = Execution(batch_size, device, precision, plan, compiled, allow_lossy)
+    prepared = prepare(queries, bank, protocol, how, ids=ids)
+    query_set = prepared.queries
     total = estimator.forwards(len(query_set.x0), len(bank.groups), protocol)
     with _progress_bar(progress, total) as bar:
         report = progress if callable(progress) else None
-        cells = estimator.run(plan, query_set, protocol, _Counter(total, bar, report, cancel))
+        cells = estimator.run(prepared.engine, query_set, _Counter(total, bar, report, cancel))
     row = query_set.row
     return Attribution(
         queries=query_set.names,
@@ -89,36 +92,8 @@ def attribute(
         draws=protocol.draws,
         error_base=cells.base_errors.sum(axis=1)[row],
         base_errors=cells.base_errors[row],
-        provenance=provenance(bank, protocol, plan),
+        provenance=provenance(bank, protocol, prepared),
     )
-
-
-def prepare(
-    queries: QuerySource,
-    bank: DeltaBank,
-    protocol: Protocol,
-    *,
-    ids: Sequence[int] | None = None,
-    batch_size: int | None = None,
-    device: torch.device | str | None = None,
-    precision: str = "float32",
-) -> tuple[SwapPlan, QuerySet]:
-    """Check the arguments of ``attribute`` and do all of its work that comes before the first forward."""
-    if not isinstance(bank, DeltaBank):
-        raise TypeError(f"attribute: bank must be a DeltaBank, got {describe(bank)}")
-    if not isinstance(protocol, Protocol):
-        raise TypeError(f"attribute: protocol must be a Protocol, got {describe(protocol)}")
-    check_choice("attribute", "precision", precision, PRECISIONS)
-    if bank.applied_group is not None:
-        raise ValueError(
-            f"attribute: bank must hold its base, got group {bank.applied_group!r} applied; call bank.restore()"
-        )
-    _check_unconditional(bank.model)
-    _check_schedule(bank, protocol)
-    place = _check_device(device)
-    query_set = _load(queries, bank.model, ids)
-    plan = SwapPlan(bank, protocol, batch_size=batch_size, device=place, dtype=PRECISIONS[precision])
-    return plan, query_set
 
 
 class _Counter:
@@ -150,74 +125,19 @@ def _progress_bar(progress: bool | ProgressCallback, total: int) -> Any:
     return nullcontext(None)
 
 
-def _check_device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"attribute: device must be a device such as 'cpu' or 'cuda', got {device!r}") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"attribute: device must be available, got {device!r} where torch finds no CUDA device")
-    return chosen
-
-
-_CONDITIONS = ("num_class_embeds", "class_embed_type", "cross_attention_dim", "num_embeds_ada_norm")
-
-
-def _check_unconditional(model: nn.Module) -> None:
-    config = getattr(model, "config", {})
-    for key in _CONDITIONS:
-        if isinstance(config, Mapping) and config.get(key) is not None:
-            raise ValueError(
-                f"attribute: bank must hold an unconditional model, got {type(model).__name__} with {key}={config[key]}"
-            )
-
-
-def _check_schedule(bank: DeltaBank, protocol: Protocol) -> None:
-    if bank.scheduler is None:
-        return
-    trained = Schedule.from_scheduler(bank.scheduler)
-    used = protocol.schedule
-    if trained.prediction_type != used.prediction_type:
-        raise ValueError(
-            f"attribute: protocol must have the bank's prediction type {trained.prediction_type!r}, "
-            f"got {used.prediction_type!r}"
-        )
-    if not np.array_equal(trained.betas, used.betas):
-        raise ValueError(
-            f"attribute: protocol must have the bank's noise schedule ({len(trained)} timesteps, alpha_bar down to "
-            f"{trained.alpha_bar[-1]:.3g}), got {len(used)} timesteps down to {used.alpha_bar[-1]:.3g}"
-        )
-
-
-def _load(queries: QuerySource, model: nn.Module, ids: Sequence[int] | None) -> QuerySet:
-    config = getattr(model, "config", None)
-    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
-    if channels is None:
-        if not isinstance(queries, torch.Tensor) or queries.dim() != 4:
-            raise TypeError(
-                "attribute: queries must be a tensor of shape (N, C, H, W) for a model whose config does not say its "
-                f"channels, got {describe(queries)}"
-            )
-        channels = queries.shape[1]
-    outputs = getattr(config, "out_channels", channels)
-    if outputs not in (channels, 2 * channels):
-        raise ValueError(
-            f"attribute: bank must hold a model with {channels} output channels, or {2 * channels} with learned "
-            f"variance, got {outputs}"
-        )
-    return load_queries(queries, channels=channels, size=tuple(size) if isinstance(size, list) else size, ids=ids)
-
-
-def provenance(bank: DeltaBank, protocol: Protocol, plan: SwapPlan) -> dict[str, Any]:
+def provenance(bank: DeltaBank, protocol: Protocol, prepared: Prepared) -> dict[str, Any]:
     """What scores depend on, and how they are executed, as JSON values."""
+    engine = prepared.engine
     return {
         "base_hash": bank.base_hash,
         "delta_hashes": bank.delta_hashes,
         "protocol": protocol.to_dict(),
-        "precision": str(plan.dtype).removeprefix("torch."),
-        "batch_size": plan.batch_size,
-        "device": plan.device.type,
+        "precision": engine.precision.name,
+        "rounding_cosine": dict(prepared.cosine),
+        "precision_audit": None if prepared.audit is None else prepared.audit.to_dict(),
+        "plan": engine.planner.wanted,
+        "choices": [str(choice) for choice in engine.choices],
+        "batch_size": engine.batches.size,
+        "device": engine.device.type,
         "versions": {"guda_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }

@@ -15,3 +15,7 @@ class CancelledError(RuntimeError):
 
 class BatchedUnavailableError(RuntimeError):
     """Many models cannot go through one forward of this network; names the parameter or layer and says why."""
+
+
+class PrecisionError(ValueError):
+    """Scores in the chosen precision are not those of float32; the message has the figures, and the ways out."""

@@ -102,7 +102,8 @@ def test_dry_run_prints_the_cost_and_writes_nothing(files, run, tmp_path) -> Non
     code, printed = run(*score_arguments(files, "--dry-run"))
     assert code == 0, printed
     assert "forwards     45 rows" in printed  # 3 queries x 5 draws x (2 groups + base)
-    assert "FLOPs" in printed and "time         about" in printed
+    for line in ("FLOPs ", "memory ", "precision    fp32", "plan         ", "time         about"):
+        assert line in printed
     assert not (tmp_path / "scores").exists()
 
 
@@ -148,7 +149,7 @@ def test_damaged_input_is_named_and_nothing_is_written(files, run, tmp_path, how
     [
         (["--start", "100"], "start must be between 0 and 99, got 100"),
         (["--weighting", "ebo"], "weighting must be one of 'elbo'"),
-        (["--precision", "half"], "precision must be one of 'float32', 'float64'"),
+        (["--precision", "half"], "precision must be one of 'fp64', 'fp32'"),
         (["--group", "cat"], "--group: must be NAME=PATH, got 'cat'"),
         (["--group", "cat=x"], "--groups: names must differ, also from those of --group, got 'cat' twice"),
         (["--device", "gpu"], "device must be a device such as 'cpu'"),

@@ -97,7 +97,7 @@ def _with_adapters(workload: Workload, names: list[str]) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError("peft_mixed: needs the package peft: pip install 'guda_fast[rivals]'") from error
+        raise ImportError("peft_mixed: needs the package peft: pip install 'guda_fast[peft]'") from error
 
     model: Any = copy.deepcopy(workload.base)
     for name, delta in zip(names, workload.deltas, strict=True):

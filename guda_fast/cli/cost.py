@@ -1,53 +1,65 @@
-"""What a run would cost, measured on one batch: for --dry-run."""
+"""What a run would cost and how it would be executed: for --dry-run."""
 
 from __future__ import annotations
 
-import math
-import time
 from pathlib import Path
 
-import torch
 import typer
-from torch.utils.flop_counter import FlopCounterMode
 
-from guda_fast.attribution import prepare
 from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion import Protocol
 from guda_fast.estimators import Full
+from guda_fast.forward import Choice, Engine
+from guda_fast.prepare import Execution, Prepared, prepare
 
-_WARM_UP, _TIMED = 2, 5
+
+def print_cost(queries: Path, bank: DeltaBank, protocol: Protocol, how: Execution) -> None:
+    """Check the inputs as a run would, measure a few forwards, and print forwards, FLOPs, memory, time and plan."""
+    prepared = prepare(queries, bank, protocol, how)
+    engine, query_set = prepared.engine, prepared.queries
+    models, rows = len(bank) + 1, len(query_set.x0) * protocol.draws
+    forwards = Full().forwards(len(query_set.x0), len(bank), protocol)
+    choice = engine.planner.choose_for(models, rows, now=True)
+    lines = {
+        "queries": f"{len(query_set)} ({len(query_set.x0)} distinct)",
+        "groups": str(len(bank)),
+        "draws": f"{protocol.draws} ({len(protocol.timesteps)} timesteps x {protocol.samples} samples)",
+        "forwards": f"{forwards:,} rows in batches of {engine.batches.size} on {engine.device}",
+        "FLOPs": f"{engine.flop * forwards:.3g} ({engine.flop / 1e6:.3g} M a forward)",
+        "deltas": f"{_mebibytes(sum(survey.bytes for survey in bank.survey().values()))}, read one group at a time",
+        "memory": _memory(engine, choice),
+        "precision": _precision(prepared),
+        "plan": f"{choice.plan}: {choice.reason}",
+        "time": f"about {_seconds(engine, choice, models, rows):.3g} s",
+    }
+    for name, value in lines.items():
+        typer.echo(f"{name:<12} {value}")
 
 
-def print_cost(
-    queries: Path,
-    bank: DeltaBank,
-    protocol: Protocol,
-    *,
-    batch_size: int | None,
-    device: str | None,
-    precision: str,
-) -> None:
-    """Check the inputs as a run would, time a few batches, and print forwards, FLOPs, the deltas' memory and time."""
-    plan, query_set = prepare(queries, bank, protocol, batch_size=batch_size, device=device, precision=precision)
-    forwards = Full().forwards(len(query_set.x0), len(bank.groups), protocol)
-    # The last batch of each model is padded.
-    batches = (len(bank.groups) + 1) * math.ceil(len(query_set.x0) * protocol.draws / plan.batch_size)
-    x0 = query_set.x0[:1].to(plan.device, plan.dtype)
-    ids = torch.zeros(1, dtype=torch.int64, device=plan.device)
-    rows = torch.zeros(plan.batch_size, dtype=torch.int64)
-    with FlopCounterMode(display=False) as flops:
-        plan.errors(bank.model, x0, ids, rows, rows)
-    times = []
-    for _ in range(_WARM_UP + _TIMED):
-        begin = time.perf_counter()
-        plan.errors(bank.model, x0, ids, rows, rows)
-        times.append(time.perf_counter() - begin)
-    seconds = sorted(times[_WARM_UP:])[_TIMED // 2] * batches
-    a_forward = flops.get_total_flops() / plan.batch_size
-    typer.echo(f"queries      {len(query_set)} ({len(query_set.x0)} distinct)")
-    typer.echo(f"groups       {len(bank.groups)}")
-    typer.echo(f"draws        {protocol.draws} ({len(protocol.timesteps)} timesteps x {protocol.samples} samples)")
-    typer.echo(f"forwards     {forwards:,} rows in batches of {plan.batch_size} on {plan.device}")
-    typer.echo(f"FLOPs        {a_forward * batches * plan.batch_size:.3g} ({a_forward / 1e6:.3g} M a forward)")
-    typer.echo(f"deltas       {sum(delta.bytes for delta in bank.deltas) / 2**20:.1f} MiB in memory")
-    typer.echo(f"time         about {seconds:.0f} s, from {_TIMED} timed batches")
+def _memory(engine: Engine, choice: Choice) -> str:
+    """Of the resident model with a copy of the base on the host, of a forward's activations, and of batched deltas."""
+    tensors = [*engine.bank.model.parameters(), *engine.bank.model.buffers()]
+    resident = sum(tensor.nbytes for tensor in tensors)
+    base = sum(4 * tensor.numel() for tensor in tensors)
+    text = f"{_mebibytes(resident)} the model, {_mebibytes(base)} the base on the host, "
+    text += f"{_mebibytes(engine.activation_bytes)} activations"
+    if choice.plan == "batched":
+        text += f", {_mebibytes(engine.planner.batched().model.bytes)} the deltas of all groups"
+    return text
+
+
+def _precision(prepared: Prepared) -> str:
+    worst = min(prepared.cosine, key=lambda group: prepared.cosine[group])
+    text = f"{prepared.engine.precision.name}, which keeps a delta to a cosine of at least "
+    text += f"{prepared.cosine[worst]:.4f} (group {worst})"
+    return text if prepared.audit is None else f"{text}; {prepared.audit}"
+
+
+def _seconds(engine: Engine, choice: Choice, models: int, rows: int) -> float:
+    if choice.plan == "batched":
+        return engine.planner.batched_seconds(models, rows)
+    return engine.planner.swap_seconds(models, rows)
+
+
+def _mebibytes(number: int) -> str:
+    return f"{number / 2**20:,.1f} MiB"

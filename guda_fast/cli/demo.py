@@ -154,7 +154,8 @@ class _Demo:
 
     def _score(self, name: str, counterfactuals: Mapping[str, Path]) -> Attribution:
         from guda_fast import Attribution, DeltaBank, Protocol, attribute
-        from guda_fast.attribution import prepare, provenance
+        from guda_fast.attribution import provenance
+        from guda_fast.prepare import Execution, prepare
         from guda_fast.results import RECORD
 
         bank = DeltaBank.load(self.out / "models" / "base", counterfactuals)
@@ -162,9 +163,9 @@ class _Demo:
         folder = self.out / name
         queries = self.out / "queries"
         if (folder / RECORD).exists():
-            plan, query_set = prepare(queries, bank, protocol)
+            prepared = prepare(queries, bank, protocol, Execution())
             found = Attribution.from_parquet(folder)
-            if found.same_run(provenance(bank, protocol, plan), query_set.query_ids):
+            if found.same_run(provenance(bank, protocol, prepared), prepared.queries.query_ids):
                 return found
         result = attribute(queries, bank, protocol, progress=True)
         result.to_parquet(folder)

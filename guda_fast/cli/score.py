@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +44,12 @@ def score(
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 42,
     batch_size: Annotated[int | None, typer.Option(help="Rows a forward.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
-    precision: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, fp64, tf32 or fp16 (on CUDA), or auto.")] = "fp32",
+    plan: Annotated[str, typer.Option(help="How forwards are executed: swap, batched, or auto.")] = "auto",
+    compiled: Annotated[bool, typer.Option("--compiled", help="Run the model through torch.compile.")] = False,
+    allow_lossy: Annotated[
+        bool, typer.Option("--allow-lossy", help="Go on where the precision gives other scores than fp32.")
+    ] = False,
     top: Annotated[int, typer.Option(help="Groups to print a query.", min=1)] = 3,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the cost only.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a result that is in --out already.")] = False,
@@ -56,6 +62,7 @@ def score(
 ) -> None:
     """Score images by how much their ELBO drops under each unlearned model."""
     from guda_fast import DeltaBank, Protocol, attribute
+    from guda_fast.prepare import Execution
 
     _check_out(out)
     if (out / RECORD).exists() and not (force or dry_run):
@@ -73,15 +80,16 @@ def score(
         antithetic=antithetic,
         seed=seed,
     )
+    how: Any = {field.name: context.params[field.name] for field in fields(Execution)}
     if dry_run:
         from guda_fast.cli.cost import print_cost
 
-        print_cost(queries, bank, protocol, batch_size=batch_size, device=device, precision=precision)
+        print_cost(queries, bank, protocol, Execution(**how))
         return
     begin = time.perf_counter()
-    result = attribute(
-        queries, bank, protocol, batch_size=batch_size, device=device, precision=precision, progress=True
-    )
+    result = attribute(queries, bank, protocol, progress=True, **how)
+    for choice in result.provenance["choices"]:
+        typer.echo(f"plan: {choice}")
     _write(result, out, {key: value for key, value in context.params.items() if key not in _NOT_REPLAYED})
     _print_top(result, min(top, len(bank.groups)))
     typer.echo(f"{len(result)} queries x {len(bank.groups)} groups in {time.perf_counter() - begin:.1f} s -> {out}")

@@ -51,6 +51,12 @@ class QuerySet:
         _, first = np.unique(self.row, return_index=True)
         return tuple(self.names[index] for index in first)
 
+    def distinct(self, rows: Sequence[int]) -> QuerySet:
+        """Some of the distinct queries, by their rows of x0, once each."""
+        names, ids = self.distinct_names, self.ids
+        order = np.arange(len(rows), dtype=np.int64)
+        return QuerySet(self.x0[list(rows)], tuple(ids[r] for r in rows), tuple(names[r] for r in rows), order)
+
 
 @dataclass(frozen=True, eq=False)
 class _Query:

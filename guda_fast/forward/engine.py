@@ -1,0 +1,147 @@
+"""The engine: takes an arbitrary list of rows, and runs it by the plan that is fastest for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guda_fast._validate import check_bool, check_choice, check_int
+from guda_fast.deltas import DeltaBank
+from guda_fast.diffusion import Protocol
+from guda_fast.diffusion.schedule import FloatArray
+from guda_fast.forward.activations import peak_bytes
+from guda_fast.forward.batched_plan import BatchedPlan
+from guda_fast.forward.batches import Advance, Batches
+from guda_fast.forward.noised import NoisedQueries
+from guda_fast.forward.plan import PLANS, Choice, Planner
+from guda_fast.forward.precision import POLICIES, Precision
+from guda_fast.forward.rows import BASE, Rows
+from guda_fast.forward.swap import SwapPlan
+
+# A forward on a CPU should do so much work that Python's part in it does not count, and so little that its activations
+# do not fill the memory; one on a GPU should fill it.
+_CPU_BATCH, _CPU_LEAST, _CPU_MOST = 64, 8, 256
+_CPU_LEAST_FLOP, _CPU_MOST_FLOP = 4e9, 1e12
+_CUDA_BATCH = 512
+
+
+def _nothing(_: int) -> None:
+    return None
+
+
+class Engine:
+    """Runs (query, model, draw) rows of one bank under one protocol.
+
+    bank: must hold its base; its resident model is moved, cast, put into channels-last and fused.
+    protocol: the draws. shape: of one query (C, H, W). device: of the forwards. precision: see `policy`.
+    batch_size: rows a forward at most [>= 1; by default 64 on a CPU, more for a
+        small and less for a large model; 512 on CUDA].
+    plan: "swap", "batched", or "auto", which measures them for each kind of work and takes the faster one.
+    compiled: run the swap plan's model through torch.compile, which takes a minute at the start.
+
+    When memory runs out the batch halves and the run goes on; results stay the same to rounding.
+    """
+
+    def __init__(
+        self,
+        bank: DeltaBank,
+        protocol: Protocol,
+        shape: Sequence[int],
+        *,
+        device: torch.device | str = "cpu",
+        precision: Precision = POLICIES["fp32"],
+        batch_size: int | None = None,
+        plan: str = "auto",
+        compiled: bool = False,
+    ) -> None:
+        check_choice("attribute", "plan", plan, PLANS)
+        check_bool("attribute", "compiled", compiled)
+        if batch_size is not None:
+            check_int("attribute", "batch_size", batch_size, 1)
+        self.device = torch.device(device)
+        self.precision = precision
+        self.protocol = protocol
+        self.shape = tuple(shape)
+        self.bank = bank.to(device=self.device, dtype=precision.dtype, memory_format=torch.channels_last)
+        self.batches = Batches(1 if batch_size is None else batch_size)
+        self.swap = SwapPlan(bank, self.batches, self.shape, compiled=compiled)
+        if batch_size is None:
+            self.batches.size = self._default_batch()
+        self.planner = Planner(self.swap, lambda: BatchedPlan(self.bank, self.batches, self.shape), plan)
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """What was chosen so far, and why."""
+        return tuple(self.planner.choices.values())
+
+    def queries(self, x0: Tensor, ids: Sequence[int], names: Sequence[str] | None = None) -> NoisedQueries:
+        """Queries on the device; see `NoisedQueries`."""
+        return NoisedQueries(x0, ids, self.protocol, device=self.device, dtype=self.precision.dtype, names=names)
+
+    def errors(self, queries: NoisedQueries, rows: Rows, advance: Advance = _nothing) -> FloatArray:
+        """Weighted errors w_t e(t) of the rows, in their order [(R,), float64].
+
+        advance: called with the number of rows after every batch; what it raises ends the run.
+        Raises ValueError where a row has no such query, model or draw, and FloatingPointError where an error is
+        NaN or infinite.
+        """
+        rows.check(len(queries.x0), len(self.bank) + 1, queries.draws)
+        if len(rows) == 0:
+            return np.empty(0)
+        with self.precision.active(self.device):
+            return self.planner.plan(rows).run(queries, rows, advance)
+
+    def differences(self, queries: NoisedQueries, rows: Rows, advance: Advance = _nothing) -> FloatArray:
+        """Weighted errors of the rows less those of the base at the same query and draw [(R,), float64].
+
+        What is not known yet of the base is computed once, and kept in ``queries.base_errors``.
+        """
+        rows.check(len(queries.x0), len(self.bank) + 1, queries.draws)
+        base = torch.from_numpy(queries.base_errors)
+        wanted = torch.zeros(base.shape, dtype=torch.bool)
+        wanted[rows.query, rows.draw] = True
+        query, draw = (wanted & base.isnan()).nonzero().unbind(1)
+        counterfactual = (rows.model != BASE).nonzero().flatten()
+        own = rows[counterfactual]
+        work = Rows(
+            torch.cat([query, own.query]),
+            torch.cat([torch.full_like(query, BASE), own.model]),
+            torch.cat([draw, own.draw]),
+        )
+        errors = torch.from_numpy(self.errors(queries, work, advance))
+        base[query, draw] = errors[: len(query)]
+        difference = torch.zeros(len(rows), dtype=torch.float64)
+        difference[counterfactual] = errors[len(query) :] - base[own.query, own.draw]
+        result: FloatArray = difference.numpy()
+        return result
+
+    @cached_property
+    def flop(self) -> float:
+        """Multiplications and additions that a forward of one row takes, as far as torch counts them."""
+        # Imports triton, which must not come before a caller has said whether to interpret it.
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            self.swap.try_forward(1)
+        return float(counter.get_total_flops())
+
+    @cached_property
+    def activation_bytes(self) -> int:
+        """The memory that a forward of a full batch takes at its peak, beside the model; measured on one row."""
+        with torch.inference_mode():
+            return self.batches.size * peak_bytes(lambda: self.swap.try_forward(1))
+
+    def _default_batch(self) -> int:
+        """A power of two; it depends on nothing but the model, so that a run can be repeated to the bit."""
+        if self.device.type == "cuda":
+            return _CUDA_BATCH
+        size = _CPU_BATCH
+        while size < _CPU_MOST and size * self.flop < _CPU_LEAST_FLOP:
+            size *= 2
+        while size > _CPU_LEAST and size * self.flop > _CPU_MOST_FLOP:
+            size //= 2
+        return size

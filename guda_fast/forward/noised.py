@@ -1,0 +1,105 @@
+"""The queries of a run at the protocol's draws: what models see of them, and the errors of what they predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guda_fast import ops
+from guda_fast.diffusion import Protocol
+from guda_fast.diffusion.schedule import FloatArray
+
+
+class NoisedQueries:
+    """Queries on the device of a run, and the noise contract's x_t and targets for any of their draws.
+
+    x0: queries [(N, C, H, W), float32]. ids: one a query [N, 0..2^64-1]. protocol: the draws.
+    device, dtype: of the forwards; x_t is formed in float32 (float64 where dtype is) and rounded to dtype once.
+    names: of the queries, for messages [N].
+
+    base_errors holds the base's weighted errors as far as they are known [(N, D), float64, NaN where not].
+    """
+
+    def __init__(
+        self,
+        x0: Tensor,
+        ids: Sequence[int],
+        protocol: Protocol,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        table = protocol.table
+        self.device, self.dtype = device, dtype
+        self.work = torch.float64 if dtype == torch.float64 else torch.float32
+        self.x0 = x0.to(device, self.work)
+        self.ids = torch.from_numpy(np.array(ids, dtype=np.uint64).view(np.int64)).to(device)
+        self.names = tuple(map(str, range(len(x0)))) if names is None else tuple(names)
+        self.seed, self.antithetic = protocol.seed, protocol.antithetic
+        self.base_errors = np.full((len(x0), protocol.draws), np.nan)
+        self.timestep = torch.from_numpy(table.timestep).to(torch.int64)  # on the host: plans group rows by it
+        self._draws = torch.from_numpy(np.stack([table.timestep, table.sample])).to(device, torch.int64)
+        scales = (table.x0_scale, table.eps_scale, table.target_x0_scale, table.target_eps_scale)
+        self._scales = torch.from_numpy(np.stack(scales)).to(device, self.work)
+        self._weight = torch.from_numpy(table.weight).to(device, torch.float64)
+
+    @property
+    def draws(self) -> int:
+        """How many draws the protocol has."""
+        return len(self.timestep)
+
+    def batch(self, query: Tensor, draw: Tensor) -> NoisedBatch:
+        """The rows (query, draw) of one forward [(B,), int64 each, on the device]."""
+        return NoisedBatch(self, query, draw)
+
+    def check_finite(self, errors: FloatArray, query: Tensor, draw: Tensor, model: str) -> None:
+        """Raise FloatingPointError, naming model, query and draw, where an error is NaN or infinite."""
+        bad = np.flatnonzero(~np.isfinite(errors))
+        if bad.size:
+            row = int(bad[0])
+            raise FloatingPointError(
+                f"attribute: errors must be finite, got {errors[row]} from {model} "
+                f"for query {self.names[int(query[row])]} at draw {int(draw[row])}"
+            )
+
+
+class NoisedBatch:
+    """Rows of one forward. timestep: [(B,), int64, on the device]."""
+
+    def __init__(self, queries: NoisedQueries, query: Tensor, draw: Tensor) -> None:
+        self._queries = queries
+        self.timestep, sample = queries._draws[:, draw]
+        self._counters = (query, queries.ids[query], self.timestep, sample)
+        self._scales = queries._scales[:, draw]
+        self._weight = queries._weight[draw]
+
+    def x_t(self) -> Tensor:
+        """The noised queries [(B, C, H, W), the run's dtype, channels-last]."""
+        queries, shape = self._queries, self._queries.x0.shape[1:]
+        # Plain strides where there is no channels-last.
+        layout = torch.channels_last if len(shape) == 3 else torch.contiguous_format
+        out = torch.empty((len(self.timestep), *shape), dtype=queries.work, device=queries.device, memory_format=layout)
+        x0_scale, eps_scale, _, _ = self._scales
+        seed, antithetic = queries.seed, queries.antithetic
+        ops.add_noise(queries.x0, *self._counters, x0_scale, eps_scale, seed=seed, antithetic=antithetic, out=out)
+        return out.to(queries.dtype)
+
+    def errors(self, prediction: Tensor) -> Tensor:
+        """w_t e(t) of each row [(B,), float64, on the device]; channels beyond the query's own are left out."""
+        queries, channels = self._queries, self._queries.x0.shape[1]
+        _, _, x0_scale, eps_scale = self._scales
+        found = ops.denoising_error(
+            prediction[None, :, :channels],
+            queries.x0,
+            *self._counters,
+            x0_scale,
+            eps_scale,
+            self._weight,
+            seed=queries.seed,
+            antithetic=queries.antithetic,
+        )
+        return found.errors[0]

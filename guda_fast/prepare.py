@@ -1,0 +1,229 @@
+"""What attribute() does before its first forward: checks its arguments, reads the models, decides the precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from guda_fast._validate import check_bool, check_choice, check_int, describe
+from guda_fast.audit import PrecisionAudit, audit
+from guda_fast.datasets.queries import QuerySet, QuerySource, load_queries
+from guda_fast.deltas import DeltaBank
+from guda_fast.diffusion import Protocol, Schedule
+from guda_fast.errors import PrecisionError
+from guda_fast.forward import PLANS, POLICIES, SAFE_COSINE, Engine, Precision, fastest_first, policy
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How forwards are executed: the arguments of ``attribute`` that change speed and rounding, and nothing else."""
+
+    batch_size: int | None = None
+    device: torch.device | str | None = None
+    precision: str = "fp32"
+    plan: str = AUTO
+    compiled: bool = False
+    allow_lossy: bool = False
+
+    def check(self) -> torch.device:
+        """Raise TypeError or ValueError naming the argument; return the device."""
+        device = _check_device(self.device)
+        if self.batch_size is not None:
+            check_int("attribute", "batch_size", self.batch_size, 1)
+        check_choice("attribute", "precision", self.precision, [*POLICIES, AUTO])
+        if self.precision != AUTO:
+            policy("attribute", self.precision, device)
+        check_choice("attribute", "plan", self.plan, PLANS)
+        check_bool("attribute", "compiled", self.compiled)
+        check_bool("attribute", "allow_lossy", self.allow_lossy)
+        return device
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Everything that an estimator needs, and what was found about precision on the way.
+
+    cosine: between each group's delta and what is left of it in the run's precision; 1 where nothing is lost.
+    audit: of the precision, None where none was needed.
+    """
+
+    engine: Engine
+    queries: QuerySet
+    cosine: Mapping[str, float]
+    audit: PrecisionAudit | None
+
+
+def prepare(
+    queries: QuerySource,
+    bank: DeltaBank,
+    protocol: Protocol,
+    how: Execution,
+    *,
+    ids: Sequence[int] | None = None,
+) -> Prepared:
+    """Check the arguments of ``attribute``, read every delta once, and make the engine."""
+    device, query_set = _checked(queries, bank, protocol, how, ids)
+    precision, cosine, found = _decide(bank, protocol, query_set, how, device)
+    engine = Engine(
+        bank,
+        protocol,
+        query_set.x0.shape[1:],
+        device=device,
+        precision=precision,
+        batch_size=how.batch_size,
+        plan=how.plan,
+        compiled=how.compiled,
+    )
+    return Prepared(engine, query_set, cosine, found)
+
+
+def _checked(
+    queries: QuerySource, bank: DeltaBank, protocol: Protocol, how: Execution, ids: Sequence[int] | None
+) -> tuple[torch.device, QuerySet]:
+    """The device and the queries, after everything that can be found wrong without a forward."""
+    if not isinstance(bank, DeltaBank):
+        raise TypeError(f"attribute: bank must be a DeltaBank, got {describe(bank)}")
+    if not isinstance(protocol, Protocol):
+        raise TypeError(f"attribute: protocol must be a Protocol, got {describe(protocol)}")
+    device = how.check()
+    if bank.applied_group is not None:
+        raise ValueError(
+            f"attribute: bank must hold its base, got group {bank.applied_group!r} applied; call bank.restore()"
+        )
+    _check_unconditional(bank.model)
+    _check_schedule(bank, protocol)
+    query_set = _load(queries, bank.model, ids)
+    bank.survey()
+    return device, query_set
+
+
+def precision_audit(
+    bank: DeltaBank,
+    queries: QuerySource,
+    protocol: Protocol,
+    *,
+    precision: str,
+    device: torch.device | str | None = None,
+    plan: str = AUTO,
+    batch_size: int | None = None,
+) -> PrecisionAudit:
+    """Score up to 8 of the queries at up to 8 of the timesteps in float32 and in a precision, and compare.
+
+    bank, queries, protocol, device, plan, batch_size: as in ``attribute``.
+    precision: "bf16", or on CUDA "fp16" or "tf32".
+
+    Returns a PrecisionAudit with the relative error of the scores and the share of pairs of groups that keep their
+    order. Raises as ``attribute`` does for its arguments.
+
+    >>> print(gf.precision_audit(bank, images, protocol, precision="bf16"))  # doctest: +SKIP
+    """
+    how = Execution(batch_size, device, precision, plan)
+    place, query_set = _checked(queries, bank, protocol, how, None)
+    chosen = policy("precision_audit", precision, place)
+    return audit(bank, protocol, query_set, chosen, device=place, plan=plan, batch_size=batch_size)
+
+
+def _decide(
+    bank: DeltaBank, protocol: Protocol, queries: QuerySet, how: Execution, device: torch.device
+) -> tuple[Precision, Mapping[str, float], PrecisionAudit | None]:
+    """The precision to run in: the one asked for, or of "auto" the first whose scores are those of fp32."""
+    automatic = how.precision == AUTO
+    for precision in fastest_first(device) if automatic else [policy("attribute", how.precision, device)]:
+        cosine = _rounding_cosines(bank, precision)
+        if precision.storage is None:
+            return precision, cosine, None
+        # Also where rounding keeps the deltas: that of activations does not cancel, and may exceed a small score.
+        found = audit(bank, protocol, queries, precision, device=device, plan=how.plan, batch_size=how.batch_size)
+        if found.passed or (how.allow_lossy and not automatic):
+            return precision, cosine, found
+        if not automatic:
+            raise PrecisionError(_refusal(bank, precision, cosine, found))
+    raise AssertionError("fp32 loses nothing, and comes last")
+
+
+def _rounding_cosines(bank: DeltaBank, precision: Precision) -> dict[str, float]:
+    """Of each group, the cosine between its delta and what merging it in this precision leaves of it."""
+    if precision.storage is None:
+        return dict.fromkeys(bank.groups, 1.0)
+    return {group: survey.cosine[precision.storage] for group, survey in bank.survey().items()}
+
+
+def _refusal(bank: DeltaBank, precision: Precision, cosine: Mapping[str, float], found: PrecisionAudit) -> str:
+    worst = min(cosine, key=lambda group: cosine[group])
+    ways = "use precision='fp32'"
+    if cosine[worst] < SAFE_COSINE and all(_all_low_rank(survey.support) for survey in bank.survey().values()):
+        ways += ", try plan='batched', which does not merge low-rank deltas"
+    return (
+        f"attribute: precision must give the scores of fp32, got {precision.name!r}: {found}; merging keeps a delta to "
+        f"a cosine of {cosine[worst]:.3f} or more (group {worst!r}); {ways}, or pass allow_lossy=True"
+    )
+
+
+def _all_low_rank(support: Mapping[str, str]) -> bool:
+    return all(kind == "low-rank" for kind in support.values())
+
+
+def _check_device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"attribute: device must be a device such as 'cpu' or 'cuda', got {device!r}") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"attribute: device must be available, got {device!r} where torch finds no CUDA device")
+    return chosen
+
+
+_CONDITIONS = ("num_class_embeds", "class_embed_type", "cross_attention_dim", "num_embeds_ada_norm")
+
+
+def _check_unconditional(model: nn.Module) -> None:
+    config = getattr(model, "config", {})
+    for key in _CONDITIONS:
+        if isinstance(config, Mapping) and config.get(key) is not None:
+            raise ValueError(
+                f"attribute: bank must hold an unconditional model, got {type(model).__name__} with {key}={config[key]}"
+            )
+
+
+def _check_schedule(bank: DeltaBank, protocol: Protocol) -> None:
+    if bank.scheduler is None:
+        return
+    trained = Schedule.from_scheduler(bank.scheduler)
+    used = protocol.schedule
+    if trained.prediction_type != used.prediction_type:
+        raise ValueError(
+            f"attribute: protocol must have the bank's prediction type {trained.prediction_type!r}, "
+            f"got {used.prediction_type!r}"
+        )
+    if not np.array_equal(trained.betas, used.betas):
+        raise ValueError(
+            f"attribute: protocol must have the bank's noise schedule ({len(trained)} timesteps, alpha_bar down to "
+            f"{trained.alpha_bar[-1]:.3g}), got {len(used)} timesteps down to {used.alpha_bar[-1]:.3g}"
+        )
+
+
+def _load(queries: QuerySource, model: nn.Module, ids: Sequence[int] | None) -> QuerySet:
+    config = getattr(model, "config", None)
+    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+    if channels is None:
+        if not isinstance(queries, torch.Tensor) or queries.dim() != 4:
+            raise TypeError(
+                "attribute: queries must be a tensor of shape (N, C, H, W) for a model whose config does not say its "
+                f"channels, got {describe(queries)}"
+            )
+        channels = queries.shape[1]
+    outputs = getattr(config, "out_channels", channels)
+    if outputs not in (channels, 2 * channels):
+        raise ValueError(
+            f"attribute: bank must hold a model with {channels} output channels, or {2 * channels} with learned "
+            f"variance, got {outputs}"
+        )
+    return load_queries(queries, channels=channels, size=tuple(size) if isinstance(size, list) else size, ids=ids)

@@ -1,0 +1,270 @@
+"""The engine: arbitrary rows by either plan, against a float64 loop over separate models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import nn
+
+import guda_fast as gf
+from guda_fast.deltas import Delta, Dense, LowRank
+from guda_fast.errors import CancelledError
+from guda_fast.forward import POLICIES, Engine, Rows
+from guda_fast.forward.batches import Batches
+from guda_fast.reference import add_noise
+from tiny import perturbed, tiny_unet
+
+SHAPE = (1, 8, 8)
+PROTOCOL = gf.Protocol.from_scheduler(DDPMScheduler(num_train_timesteps=100), start=5, stride=20)
+IDS = (3, 2**64 - 1, 17)
+
+
+@pytest.fixture(scope="module")
+def base() -> nn.Module:
+    return perturbed(tiny_unet(), 0.05, seed=9)
+
+
+@pytest.fixture(scope="module")
+def x0() -> torch.Tensor:
+    return torch.rand((3, *SHAPE), generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def deltas(base: nn.Module) -> dict[str, Delta]:
+    """One dense in all parameters, one low-rank in some, one dense in a single bias."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return 0.03 * torch.randn(shape, generator=generator)
+
+    state = dict(base.named_parameters())
+    low_rank = {
+        name: LowRank(normal(len(value), 2), torch.randn((2, *value.shape[1:]), generator=generator))
+        for name, value in state.items()
+        if name.endswith(("to_q.weight", "conv1.weight"))
+    }
+    return {
+        "dense": Delta({name: Dense(normal(*value.shape)) for name, value in state.items()}),
+        "low-rank": Delta(low_rank),
+        "bias": Delta({"mid_block.resnets.0.conv2.bias": Dense(normal(16))}),
+    }
+
+
+def separate(base: nn.Module, delta: Delta | None) -> nn.Module:
+    """The counterfactual in float64, merged by hand."""
+    model = copy.deepcopy(base).double()
+    with torch.no_grad():
+        for name, part in (delta.parts if delta is not None else {}).items():
+            tensor = dict(model.named_parameters())[name]
+            if isinstance(part, Dense):
+                tensor += part.value.double()
+            else:
+                tensor += torch.einsum("or,r...->o...", part.up.double(), part.down.double())
+    return model
+
+
+@torch.no_grad()
+def loop(models: list[nn.Module], x0: torch.Tensor, rows: Rows) -> np.ndarray:
+    """w_t || prediction - eps ||^2 in float64, row by row."""
+    table = PROTOCOL.table
+    ids = torch.from_numpy(np.array(IDS, dtype=np.uint64).view(np.int64))
+    errors = []
+    for q, m, d in zip(rows.query, rows.model, rows.draw, strict=True):
+        counters = (torch.tensor([0]), ids[q : q + 1], *(torch.tensor([v[d]]) for v in (table.timestep, table.sample)))
+        scales = [torch.tensor([v[d]], dtype=torch.float64) for v in (table.x0_scale, table.eps_scale)]
+        zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        query = x0[q : q + 1].double()
+        x_t = add_noise(query, *counters, *scales, seed=PROTOCOL.seed)
+        eps = add_noise(query, *counters, zero, one, seed=PROTOCOL.seed)
+        prediction = models[m](x_t, counters[2]).sample
+        errors.append(table.weight[d] * float((prediction - eps).square().sum()))
+    return np.array(errors)
+
+
+def shuffled(rows: Rows, count: int) -> Rows:
+    """Some of the rows, in any order, some twice."""
+    return rows[torch.randint(len(rows), (count,), generator=torch.Generator().manual_seed(1))]
+
+
+@pytest.mark.parametrize("plan", ["swap", "batched"])
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_any_list_of_rows_gives_the_errors_of_separate_models(base, x0, plan: str, batch_size: int) -> None:
+    """In float64; the rest is rounding of float32 weights that the bank adds in float32: 1e-6 of the errors."""
+    given = deltas(base)
+    bank = gf.DeltaBank.load(base, given)
+    models = [separate(base, delta) for delta in (None, *given.values())]
+    rows = shuffled(Rows.product(3, [0, 1, 2, 3], PROTOCOL.draws), 41)
+    engine = Engine(bank, PROTOCOL, SHAPE, precision=POLICIES["fp64"], batch_size=batch_size, plan=plan)
+    queries = engine.queries(x0, IDS)
+    done: list[int] = []
+    found = engine.errors(queries, rows, done.append)
+    expected = loop(models, x0, rows)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert sum(done) == len(rows) and max(done) <= batch_size
+    differences = engine.differences(queries, rows)
+    of_base = loop(models, x0, Rows(rows.query, torch.zeros_like(rows.model), rows.draw))
+    np.testing.assert_allclose(differences, expected - of_base, atol=1e-6 * expected.max())
+
+
+@pytest.mark.parametrize("plan", ["swap", "batched"])
+def test_float32_plans_agree_with_float64(base, x0, plan: str) -> None:
+    given = deltas(base)
+    models = [separate(base, delta) for delta in (None, *given.values())]
+    rows = Rows.product(3, [1, 2, 3], PROTOCOL.draws)
+    engine = Engine(gf.DeltaBank.load(base, given), PROTOCOL, SHAPE, batch_size=8, plan=plan)
+    found = engine.differences(engine.queries(x0, IDS), rows)
+    of_base = loop(models, x0, Rows(rows.query, torch.zeros_like(rows.model), rows.draw))
+    expected = loop(models, x0, rows) - of_base
+    np.testing.assert_allclose(found, expected, atol=1e-5 * of_base.max(), rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["swap", "batched"])
+def test_a_delta_in_any_single_parameter_counts(base, x0, plan: str) -> None:
+    rows = Rows.product(1, [1], 2)
+    separate_base = loop([separate(base, None)], x0, Rows.product(1, [0], 2))
+    for name, value in base.named_parameters():
+        noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name)))
+        delta = Delta({name: Dense(0.1 * value.detach().abs().max() * noise)})
+        engine = Engine(
+            gf.DeltaBank.load(base, {"k": delta}), PROTOCOL, SHAPE, precision=POLICIES["fp64"], batch_size=4, plan=plan
+        )
+        found = engine.differences(engine.queries(x0[:1], IDS[:1]), rows)
+        expected = loop([nn.Identity(), separate(base, delta)], x0, rows) - separate_base
+        assert (expected != 0).all(), name
+        # The delta is added in float32, 6e-8 of the weight where it is a tenth of it.
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-10 * separate_base.max(), err_msg=name)
+
+
+@pytest.mark.parametrize("plan", ["swap", "batched"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_base_is_bit_equal_after_use(base, x0, plan: str, precision: str) -> None:
+    bank = gf.DeltaBank.load(base, deltas(base))
+    digest = bank.base_hash
+    engine = Engine(bank, PROTOCOL, SHAPE, precision=POLICIES[precision], batch_size=5, plan=plan)
+    before = {name: value.clone() for name, value in bank.model.state_dict().items()}
+    engine.errors(engine.queries(x0, IDS), Rows.product(3, [0, 1, 2, 3], 2))
+    assert bank.applied_group is None and bank.base_hash == digest
+    assert all(torch.equal(value, before[name]) for name, value in bank.model.state_dict().items())
+    bank.to(dtype=torch.float32)
+    for name, value in base.state_dict().items():
+        assert torch.equal(bank.model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("plan", ["swap", "batched"])
+def test_the_base_is_computed_once(base, x0, plan: str) -> None:
+    engine = Engine(gf.DeltaBank.load(base, deltas(base)), PROTOCOL, SHAPE, batch_size=64, plan=plan)
+    queries, done = engine.queries(x0, IDS), list[int]()
+    rows = Rows.product(2, [1, 2], 2)
+    first = engine.differences(queries, rows, done.append)
+    assert sum(done) == 3 * 4
+    again = engine.differences(queries, Rows.product(2, [0, 1, 2], 2), done.append)
+    assert sum(done) == 3 * 4 + 2 * 4
+    np.testing.assert_allclose(again[4:], first, atol=1e-5 * queries.base_errors[:2, :2].max(), rtol=0)
+    assert (again[:4] == 0).all()
+    assert np.isnan(queries.base_errors[2]).all()
+
+
+@pytest.mark.parametrize("message", ["DefaultCPUAllocator: can't allocate memory: you tried", None])
+def test_the_batch_halves_when_memory_runs_out(base, x0, message: str | None) -> None:
+    bank = gf.DeltaBank.load(base, deltas(base))
+    engine = Engine(bank, PROTOCOL, SHAPE, batch_size=16, plan="swap")
+    queries, rows = engine.queries(x0, IDS), Rows.product(3, [0, 1], PROTOCOL.draws)
+    expected = engine.errors(queries, rows)
+    run, sizes, done = engine.swap.forward, list[int](), list[int]()
+
+    def small(x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        if len(x_t) > 5:
+            raise torch.OutOfMemoryError("full") if message is None else RuntimeError(message)
+        sizes.append(len(x_t))
+        return run(x_t, timestep)
+
+    engine.swap.forward = Forward(small)  # type: ignore[assignment]
+    found = engine.errors(queries, rows, done.append)
+    assert engine.batches.size == 4 and set(sizes) <= {1, 2, 3, 4} and sum(done) == len(rows)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+class Forward:
+    def __init__(self, call: Callable[..., torch.Tensor]) -> None:
+        self.call = call
+
+    def __call__(self, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.call(x_t, timestep)
+
+    def forget_graphs(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_other_errors_are_not_taken_for_a_want_of_memory(size: int) -> None:
+    def broken(index: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("shapes differ" if size > 1 else "can't allocate memory")
+
+    with pytest.raises(RuntimeError, match="shapes differ" if size > 1 else "can't allocate"):
+        Batches(size).run(torch.arange(9), broken, lambda done: None)
+
+
+def test_batches_cover_every_row_once() -> None:
+    for size in (1, 2, 8, 24, 64):
+        batches = Batches(size)
+        for rows in range(1, 3 * size):
+            seen: list[int] = []
+
+            def forward(index: torch.Tensor, seen: list[int] = seen, batches: Batches = batches) -> torch.Tensor:
+                seen.append(len(index))
+                return index.double()
+
+            result = batches.run(torch.arange(rows), forward, lambda done: None)
+            assert result.tolist() == list(range(rows)) and seen == list(batches.sizes(rows))
+            assert sum(seen) - rows < max(1, size // 8) or seen[-1] == 1 << (seen[-1].bit_length() - 1)
+        assert len({batches.padded(rows) for rows in range(1, size + 1)}) <= 8 + 3
+
+
+def test_a_cancelled_run_leaves_the_base(base, x0) -> None:
+    bank = gf.DeltaBank.load(base, deltas(base))
+    engine = Engine(bank, PROTOCOL, SHAPE, batch_size=4, plan="swap")
+
+    def stop(done: int) -> None:
+        if bank.applied_group is not None:
+            raise CancelledError
+
+    with pytest.raises(CancelledError):
+        engine.errors(engine.queries(x0, IDS), Rows.product(3, [0, 1], 2), stop)
+    assert bank.applied_group is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        (
+            Rows(torch.tensor([3]), torch.tensor([0]), torch.tensor([0])),
+            ValueError,
+            r"query must be in \[0, 3\), got 3",
+        ),
+        (
+            Rows(torch.tensor([0]), torch.tensor([4]), torch.tensor([0])),
+            ValueError,
+            r"model must be in \[0, 4\), got 4",
+        ),
+        (Rows(torch.tensor([0]), torch.tensor([0]), torch.tensor([-1])), ValueError, r"draw must be in .*, got -1"),
+        (Rows(torch.tensor([0]), torch.tensor([0, 1]), torch.tensor([0])), ValueError, r"model must have shape"),
+        (Rows(torch.tensor([0.0]), torch.tensor([0]), torch.tensor([0])), TypeError, "query must be int64"),
+    ],
+)
+def test_rows_that_are_not_there_are_refused(base, x0, rows: Rows, error: type[Exception], message: str) -> None:
+    engine = Engine(gf.DeltaBank.load(base, deltas(base)), PROTOCOL, SHAPE, batch_size=4)
+    queries = engine.queries(x0, IDS)
+    for call in (engine.errors, engine.differences):
+        with pytest.raises(error, match=message):
+            call(queries, rows)
+
+
+def test_no_rows_are_no_work(base, x0) -> None:
+    engine = Engine(gf.DeltaBank.load(base, deltas(base)), PROTOCOL, SHAPE, batch_size=4)
+    none = torch.empty(0, dtype=torch.int64)
+    assert engine.errors(engine.queries(x0, IDS), Rows(none, none, none)).shape == (0,)
