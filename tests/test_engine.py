@@ -14,7 +14,7 @@ from torch import nn
 import guda_fast as gf
 from guda_fast.deltas import Delta, Dense, LowRank
 from guda_fast.errors import CancelledError
-from guda_fast.forward import POLICIES, Engine, Rows
+from guda_fast.forward import POLICIES, Engine, NoisedQueries, Rows
 from guda_fast.forward.batches import Batches
 from guda_fast.reference import add_noise
 from tiny import perturbed, tiny_unet
@@ -201,28 +201,44 @@ class Forward:
 
 
 @pytest.mark.parametrize("size", [1, 8])
-def test_other_errors_are_not_taken_for_a_want_of_memory(size: int) -> None:
-    def broken(index: torch.Tensor) -> torch.Tensor:
+def test_other_errors_are_not_taken_for_a_want_of_memory(x0, size: int) -> None:
+    def broken(x_t: torch.Tensor, timestep: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("shapes differ" if size > 1 else "can't allocate memory")
 
     with pytest.raises(RuntimeError, match="shapes differ" if size > 1 else "can't allocate"):
-        Batches(size).run(torch.arange(9), broken, lambda done: None)
+        run_batches(Batches(size), x0, 9, broken)
 
 
-def test_batches_cover_every_row_once() -> None:
-    for size in (1, 2, 8, 24, 64):
-        batches = Batches(size)
-        for rows in range(1, 3 * size):
-            seen: list[int] = []
+def run_batches(batches: Batches, x0: torch.Tensor, rows: int, forward: Callable[..., torch.Tensor]) -> torch.Tensor:
+    queries = NoisedQueries(x0, IDS, PROTOCOL, device=torch.device("cpu"), dtype=torch.float32)
+    query, draw = torch.arange(rows) % len(x0), torch.arange(rows) % PROTOCOL.draws
+    return batches.errors(queries, query, draw, forward, lambda done: None)
 
-            def forward(index: torch.Tensor, seen: list[int] = seen, batches: Batches = batches) -> torch.Tensor:
-                seen.append(len(index))
-                return index.double()
 
-            result = batches.run(torch.arange(rows), forward, lambda done: None)
-            assert result.tolist() == list(range(rows)) and seen == list(batches.sizes(rows))
-            assert sum(seen) - rows < max(1, size // 8) or seen[-1] == 1 << (seen[-1].bit_length() - 1)
-        assert len({batches.padded(rows) for rows in range(1, size + 1)}) <= 8 + 3
+@pytest.mark.parametrize("size", [1, 2, 8, 24])
+def test_batches_cover_every_row_once_and_pad_little(x0, size: int) -> None:
+    batches = Batches(size)
+    expected = run_batches(Batches(1), x0, 9 * size, lambda x_t, timestep, numbers: x_t)
+    for rows in range(1, 9 * size):
+        seen: list[torch.Tensor] = []
+        x_ts: list[torch.Tensor] = []
+
+        def forward(x_t: torch.Tensor, timestep: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+            assert len(x_t) == len(timestep) == len(numbers)
+            seen.append(numbers)  # noqa: B023 (called within the turn)
+            x_ts.append(x_t)  # noqa: B023
+            return x_t
+
+        found = run_batches(batches, x0, rows, forward)
+        assert torch.equal(found, expected[:rows])
+        sizes = [len(numbers) for numbers in seen]
+        assert sizes == list(batches.sizes(rows))
+        own = torch.cat(seen)[:rows] if sizes[-1] == size else torch.cat([*seen[:-1], seen[-1][: rows % size]])
+        assert own.tolist() == list(range(rows))
+        padding = sum(sizes) - rows
+        assert padding < max(1, size // 8) or sizes[-1] == 1 << (sizes[-1].bit_length() - 1)
+        assert (seen[-1][sizes[-1] - padding :] == seen[-1][0]).all()
+    assert len({batches.padded(rows) for rows in range(1, size + 1)}) <= 8 + 3
 
 
 def test_a_cancelled_run_leaves_the_base(base, x0) -> None:

@@ -36,17 +36,17 @@ class BatchedPlan:
         order = rows.model.argsort(stable=True)
         ordered = rows[order]
 
-        def forward(index: Tensor) -> Tensor:
-            part = ordered[index]
-            batch = queries.batch(part.query.to(queries.device), part.draw.to(queries.device))
+        def forward(x_t: Tensor, timestep: Tensor, numbers: Tensor) -> Tensor:
+            part = ordered[numbers]
             models = RowModels(
                 model=part.model,
                 sample=part.query * queries.draws + part.draw,
                 timestep=queries.timestep[part.draw],
             )
-            return batch.errors(self.model(batch.x_t(), batch.timestep, models))
+            return self.model(x_t, timestep, models)
 
-        found = self.batches.run(torch.arange(len(rows)), forward, advance).cpu()
+        query, draw = ordered.query.to(queries.device), ordered.draw.to(queries.device)
+        found = self.batches.errors(queries, query, draw, forward, advance)
         errors = torch.empty_like(found)
         errors[order] = found
         for model, index in rows.by_model():

@@ -7,12 +7,19 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from guda_fast.forward.noised import NoisedQueries
+
 Advance = Callable[[int], None]
 """Called with the number of rows just done; raises to stop."""
+
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Takes x_t, timesteps and which of the rows they are; gives the prediction, which the next call may overwrite."""
 
 # Sizes below the full one are multiples of its eighth, or powers of two: few enough that kernels, graphs and
 # compiled code are made for each once, close enough that padding costs an eighth at most from there on.
 _STEPS = 8
+# Noise and errors are made for so many forwards at once: they are little work, but many calls.
+_FORWARDS = 8
 
 
 class Batches:
@@ -41,36 +48,68 @@ class Batches:
         if rows % self.size:
             yield self.padded(rows % self.size)
 
-    def run(
+    def errors(
         self,
-        index: Tensor,
-        forward: Callable[[Tensor], Tensor],
+        queries: NoisedQueries,
+        query: Tensor,
+        draw: Tensor,
+        forward: Forward,
         advance: Advance,
         free: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """Results of ``forward`` for the rows of ``index`` in their order [(len(index),), on its device].
+        """w_t e(t) of rows, in their order [(R,), float64, on the CPU]; the host waits for the device at the end only.
 
-        forward: takes the indices of one padded batch, whose last ones may repeat the first, gives one result each
+        query, draw: the rows [(R,), int64, on the device]
+        forward: called with one padded batch after another; the last rows of one may repeat its first
         advance: called with the rows of each batch that is done
         free: called before a batch that did not fit is tried again at half the size
         """
-        results: list[Tensor] = []
+        found, start = [], 0
+        while start < len(query):
+            block = slice(start, start + _FORWARDS * self.size)
+            batch = queries.batch(query[block], draw[block])
+            x_t = batch.x_t()
+            prediction = torch.empty_like(x_t)
+            self._fill(prediction, x_t, batch.timestep, start, forward, advance, free)
+            found.append(batch.errors(prediction))
+            start += len(x_t)
+        return torch.cat(found).cpu()
+
+    def _fill(
+        self,
+        prediction: Tensor,
+        x_t: Tensor,
+        timestep: Tensor,
+        start: int,
+        forward: Forward,
+        advance: Advance,
+        free: Callable[[], None],
+    ) -> None:
+        """Predict all rows of x_t, which are those from ``start`` on."""
         done = 0
-        while done < len(index):
-            rows = index[done : done + self.size]
-            padding = self.padded(len(rows)) - len(rows)
+        while done < len(x_t):
+            rows = min(self.size, len(x_t) - done)
+            part = slice(done, done + rows)
+            size = self.padded(rows)
+            numbers = torch.arange(start + done, start + done + rows)
             try:
-                result = forward(torch.cat([rows, rows[:1].expand(padding)]) if padding else rows)
+                out = forward(*(_extended(rows_of, size) for rows_of in (x_t[part], timestep[part], numbers)))
             except RuntimeError as error:
                 if self.size == 1 or not is_out_of_memory(error):
                     raise
                 self.size = -(-self.size // 2)
                 free()
                 continue
-            results.append(result[: len(rows)])
-            done += len(rows)
-            advance(len(rows))
-        return torch.cat(results) if results else torch.empty(0, dtype=torch.float64)
+            # Channels beyond the query's own are a variance.
+            prediction[part] = out[:rows, : prediction.shape[1]]
+            done += rows
+            advance(rows)
+
+
+def _extended(tensor: Tensor, rows: int) -> Tensor:
+    """A tensor with its first row repeated at the end until it has so many."""
+    missing = rows - len(tensor)
+    return torch.cat([tensor, tensor[:1].expand(missing, *tensor.shape[1:])]) if missing else tensor
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

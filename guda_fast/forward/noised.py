@@ -89,11 +89,11 @@ class NoisedBatch:
         return out.to(queries.dtype)
 
     def errors(self, prediction: Tensor) -> Tensor:
-        """w_t e(t) of each row [(B,), float64, on the device]; channels beyond the query's own are left out."""
-        queries, channels = self._queries, self._queries.x0.shape[1]
+        """w_t e(t) of each row [(B,), float64, on the device]; prediction: as x_t."""
+        queries = self._queries
         _, _, x0_scale, eps_scale = self._scales
         found = ops.denoising_error(
-            prediction[None, :, :channels],
+            prediction[None],
             queries.x0,
             *self._counters,
             x0_scale,

@@ -70,15 +70,14 @@ class SwapPlan:
 
     @torch.inference_mode()
     def _errors(self, queries: NoisedQueries, rows: Rows, advance: Advance) -> FloatArray:
-        """Errors of one model's rows; the host waits for the device at the end only."""
+        """Errors of one model's rows."""
         query, draw = rows.query.to(queries.device), rows.draw.to(queries.device)
 
-        def forward(index: Tensor) -> Tensor:
-            batch = queries.batch(query[index], draw[index])
-            return batch.errors(self.forward(batch.x_t(), batch.timestep))
+        def forward(x_t: Tensor, timestep: Tensor, numbers: Tensor) -> Tensor:
+            return self.forward(x_t, timestep)
 
-        index = torch.arange(len(rows), device=queries.device)
-        errors: FloatArray = self.batches.run(index, forward, advance, self.forward.forget_graphs).cpu().numpy()
+        free = self.forward.forget_graphs
+        errors: FloatArray = self.batches.errors(queries, query, draw, forward, advance, free).numpy()
         return errors
 
 
