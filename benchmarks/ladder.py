@@ -69,7 +69,7 @@ class Job:
 class Ours:
     """The engine on a job: what it sets up beforehand, and what is timed."""
 
-    def __init__(self, workload: Workload, job: Job, device: str) -> None:
+    def __init__(self, workload: Workload, job: Job, device: str, compiled: bool = False) -> None:
         bank = DeltaBank.load(workload.base, {delta.origin: delta for delta in workload.deltas})
         self._engine = Engine(
             bank,
@@ -79,6 +79,7 @@ class Ours:
             precision=POLICIES[PRECISIONS[job.precision]],
             batch_size=job.batch,
             plan="swap",
+            compiled=compiled,
         )
         self._queries = load_queries(workload.queries, channels=workload.queries.shape[1])
 
@@ -129,6 +130,9 @@ def _contenders(workload: Workload, job: Job, quick: bool, mode: str | None) -> 
         yield scorer("tuned eager", Tuned, tf32=tf32, compiler=None)
     ours = Ours(workload, job, device)
     yield contender("guda_fast swap", ours.scores)
+    # Deltas of any form leave the same model to compile.
+    if "compiled" in job.rivals and job.form == "dense" and not quick:
+        yield contender("guda_fast swap, compiled", Ours(workload, job, device, compiled=True).scores)
     if "bare" in job.rivals:
         batches = workload.models * -(-workload.rows // job.batch)
         shape = (job.batch, *workload.queries.shape[1:])
