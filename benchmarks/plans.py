@@ -44,9 +44,9 @@ def _contender(workload: Workload, plan: str, rows: int) -> Contender:
     engine = Engine(bank, workload.protocol, tuple(workload.queries.shape[1:]), plan=plan)
     queries = engine.queries(workload.queries, range(len(workload.queries)))
     work = Rows.product(len(workload.queries), list(range(1, len(bank) + 1)), workload.protocol.draws)
+    bank.survey()
     if plan == "auto":
-        choice = engine.planner.choose_for(len(bank), rows, now=True)
-        print(choice, flush=True)
+        print(engine.choose(len(bank), rows), flush=True)
 
     def run(number: int) -> torch.Tensor:
         return torch.from_numpy(engine.errors(queries, work))

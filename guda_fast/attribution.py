@@ -50,7 +50,8 @@ def attribute(
 
     queries: a folder of images, float32 values (N, C, H, W), uint8 pixels, or a sequence of image files or PIL
         images; duplicates are computed once and reported each.
-    bank: base and deltas; its resident model is used, and is the base again afterwards.
+    bank: base and deltas; its resident model is moved, cast and fused for the run, and is the base again afterwards
+        (``bank.to`` casts it back without loss).
     protocol: the draws; it must come from the schedule that the bank's model was trained with.
     estimator: how the score is reached [Full() by default].
     ids: query ids instead of content hashes [N, 0..2^64-1].

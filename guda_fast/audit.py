@@ -26,7 +26,7 @@ class PrecisionAudit:
     """Scores in a precision, compared with those in float32 on the same draws.
 
     precision: its name. queries, draws: how many were looked at.
-    relative_error: rms(score - score in fp32) / rms(score in fp32) [>= 0].
+    relative_error: of the worst group, rms(score - score in fp32) / rms(score in fp32) over the queries [>= 0].
     rank_agreement: of all pairs of groups of a query, the share that come in the same order [0..1; 1 for one group].
     """
 
@@ -38,7 +38,7 @@ class PrecisionAudit:
 
     @property
     def passed(self) -> bool:
-        """Whether scores differ by 5 % at most, and 95 % of the pairs of groups keep their order."""
+        """Whether every group's scores differ by 5 % at most, and 95 % of the pairs of groups keep their order."""
         return self.relative_error <= LARGEST_ERROR and self.rank_agreement >= LEAST_AGREEMENT
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,8 +48,8 @@ class PrecisionAudit:
     def __str__(self) -> str:
         return (
             f"{self.queries} queries at {self.draws} draws have a relative error of {self.relative_error:.2%} "
-            f"(at most {LARGEST_ERROR:.0%} passes) and {self.rank_agreement:.1%} of the pairs of groups in fp32's "
-            f"order (at least {LEAST_AGREEMENT:.0%} passes)"
+            f"in the worst group (at most {LARGEST_ERROR:.0%} passes) and {self.rank_agreement:.1%} of the pairs of "
+            f"groups in fp32's order (at least {LEAST_AGREEMENT:.0%} passes)"
         )
 
 
@@ -71,32 +71,24 @@ def audit(
         weighting = tuple(weighting[step] for step in steps)
     short = replace(protocol, timesteps=tuple(protocol.timesteps[step] for step in steps), weighting=weighting)
     few = queries.distinct(_evenly(len(queries.x0), QUERIES))
-    wide, narrow = (
-        _scores(bank, short, few, policy, device=device, plan=plan, batch_size=batch_size)
-        for policy in (POLICIES["fp32"], precision)
-    )
+
+    def scores(policy: Precision) -> FloatArray:
+        shape = few.x0.shape[1:]
+        engine = Engine(bank, short, shape, device=device, precision=policy, plan=plan, batch_size=batch_size)
+        return Full().run(engine, few, lambda forwards: None).scores
+
+    wide = scores(POLICIES["fp32"])
+    try:
+        narrow = scores(precision)
+    except FloatingPointError:  # it overflows
+        return PrecisionAudit(precision.name, len(few.x0), short.draws, float("inf"), 0.0)
     return PrecisionAudit(
         precision.name,
         len(few.x0),
         short.draws,
-        _relative_error(wide, narrow),
+        max(_relative_error(wide[:, k], narrow[:, k]) for k in range(len(bank))),
         _rank_agreement(wide, narrow),
     )
-
-
-def _scores(
-    bank: DeltaBank,
-    protocol: Protocol,
-    queries: QuerySet,
-    precision: Precision,
-    *,
-    device: torch.device,
-    plan: str,
-    batch_size: int | None,
-) -> FloatArray:
-    shape = queries.x0.shape[1:]
-    engine = Engine(bank, protocol, shape, device=device, precision=precision, plan=plan, batch_size=batch_size)
-    return Full().run(engine, queries, lambda forwards: None).scores
 
 
 def _evenly(count: int, most: int) -> list[int]:

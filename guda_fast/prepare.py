@@ -121,6 +121,8 @@ def precision_audit(
     Returns a PrecisionAudit with the relative error of the scores and the share of pairs of groups that keep their
     order. Raises as ``attribute`` does for its arguments.
 
+    The bank's resident model is left in that precision, as after ``attribute``; ``bank.to`` casts it back without loss.
+
     >>> print(gf.precision_audit(bank, images, protocol, precision="bf16"))  # doctest: +SKIP
     """
     how = Execution(batch_size, device, precision, plan)

@@ -144,8 +144,9 @@ def test_files_that_change_are_refused_by_name(
     parts = bank.deltas[0].parts
     bank.survey("a")
     bank.apply("b")
+    assert parts["conv.weight"].value.any()  # the files are open now
     change(files["a"])
-    message = f"^{files['a']}: has changed since DeltaBank.load read its header"
+    message = f"^{files['a']}: (has changed|is gone) since DeltaBank.load read its header"
     with pytest.raises(CheckpointError, match=message):
         bank.apply("a")
     assert bank.applied_group is None

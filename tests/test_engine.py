@@ -169,6 +169,38 @@ def test_the_base_is_computed_once(base, x0, plan: str) -> None:
     assert np.isnan(queries.base_errors[2]).all()
 
 
+def test_an_engine_refuses_a_bank_that_was_cast_since(base, x0) -> None:
+    bank = gf.DeltaBank.load(base, deltas(base))
+    engine = Engine(bank, PROTOCOL, SHAPE, batch_size=4)
+    queries, rows = engine.queries(x0, IDS), Rows.product(1, [0, 1], 1)
+    engine.errors(queries, rows)
+    Engine(bank, PROTOCOL, SHAPE, batch_size=8)  # moves nothing
+    engine.errors(queries, rows)
+    bank.to(dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="bank must stay as the engine put it.*make a new one"):
+        engine.errors(queries, rows)
+
+
+def test_a_compiled_model_is_compiled_once(base, x0, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_, calls = torch.compile, list[int]()
+
+    def counting(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        calls.append(len(inputs))
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend=counting, **options))
+    bank = gf.DeltaBank.load(base, deltas(base))
+    engine = Engine(bank, PROTOCOL, SHAPE, batch_size=8, plan="swap", compiled=True)
+    rows = Rows.product(3, [0, 1, 2, 3], PROTOCOL.draws)  # 15 of each model: a batch of 8, and one of 7
+    found = engine.errors(engine.queries(x0, IDS), rows)
+    graphs = len(calls)
+    assert graphs >= 1
+    engine.errors(engine.queries(x0, IDS), rows)
+    assert len(calls) == graphs
+    plain = Engine(gf.DeltaBank.load(base, deltas(base)), PROTOCOL, SHAPE, batch_size=8, plan="swap")
+    np.testing.assert_allclose(found, plain.errors(plain.queries(x0, IDS), rows), rtol=1e-5)
+
+
 @pytest.mark.parametrize("message", ["DefaultCPUAllocator: can't allocate memory: you tried", None])
 def test_the_batch_halves_when_memory_runs_out(base, x0, message: str | None) -> None:
     bank = gf.DeltaBank.load(base, deltas(base))
@@ -239,6 +271,37 @@ def test_batches_cover_every_row_once_and_pad_little(x0, size: int) -> None:
         assert padding < max(1, size // 8) or sizes[-1] == 1 << (sizes[-1].bit_length() - 1)
         assert (seen[-1][sizes[-1] - padding :] == seen[-1][0]).all()
     assert len({batches.padded(rows) for rows in range(1, size + 1)}) <= 8 + 3
+
+
+@pytest.mark.parametrize("plan", ["auto", "batched"])
+def test_running_out_of_memory_while_measuring_halves_too(base, x0, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = gf.DeltaBank.load(base, deltas(base))
+    engine = Engine(bank, PROTOCOL, SHAPE, batch_size=16, plan=plan)
+    queries, rows = engine.queries(x0, IDS), Rows.product(3, [0, 1, 2, 3], PROTOCOL.draws)
+    expected = engine.errors(queries, rows)
+    run = nn.Conv2d.forward
+
+    def small(self: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 5:
+            raise RuntimeError("can't allocate memory")
+        return run(self, x)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", small)
+    monkeypatch.setattr("guda_fast.forward.plan._FORWARDS", 1)
+    if plan == "batched":
+        batched = engine.planner.batched()
+        call = batched.model.__class__.__call__
+        monkeypatch.setattr(
+            batched.model.__class__, "__call__", lambda self, x, *rest: refuse_above(5, x) or call(self, x, *rest)
+        )
+    found = engine.errors(queries, rows)
+    assert engine.batches.size == 4
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def refuse_above(rows: int, x: torch.Tensor) -> None:
+    if len(x) > rows:
+        raise MemoryError
 
 
 def test_a_cancelled_run_leaves_the_base(base, x0) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -48,6 +49,7 @@ class Swap:
 class Bank:
     def __init__(self, clock: Clock, groups: int, swap: float) -> None:
         self.groups, self.clock, self.swap = groups, clock, swap
+        self.surveyed = set[int]()
 
     def __len__(self) -> int:
         return self.groups
@@ -57,6 +59,10 @@ class Bank:
 
     def restore(self) -> None:
         pass
+
+    def survey(self, group: int) -> None:
+        self.clock.takes(0.5 if group not in self.surveyed else 0.0)
+        self.surveyed.add(group)
 
 
 class Batched:
@@ -82,33 +88,51 @@ def planner(clock: Clock, *, swap: float = 1e-3, groups: int = 64, make: Any = N
     return Planner(Swap(clock, groups, swap, overhead=4e-3, a_row=1e-3), make)  # type: ignore[arg-type]
 
 
-def test_it_chooses_what_is_faster_on_either_side_of_the_crossover(clock: Clock) -> None:
-    """For M models of r rows: swap M (1 + 4 + r) ms; batched, in F forwards of 64 rows, 4 F + 2 per model + M r."""
-    own = planner(clock)
-    for models in (2, 4, 16, 64):
-        for rows in (1, 2, 8, 32, 128):
-            choice = own.choose_for(models, rows, now=True)
-            full, rest = divmod(rows, 64)
-            swap = models * (1 + 4 * (full + bool(rest)) + rows)
-            assert choice.seconds["swap"] == pytest.approx(swap * 1e-3)
-            if "batched" in choice.seconds:
-                assert choice.plan == min(choice.seconds, key=choice.seconds.__getitem__)
-    assert own.choose_for(64, 1).plan == "batched"
-    assert own.choose_for(64, 1).seconds["batched"] == pytest.approx(64e-3 + 64 * 2e-3 + 4e-3)
-    assert own.choose_for(2, 128).plan == "swap"
-    assert "batched" in str(own.choose_for(64, 1)) and "swap 0.384 s" in str(own.choose_for(64, 1))
+def counts(models: int, rows: int) -> np.ndarray:
+    return np.full(models, rows)
+
+
+# Milliseconds of swapping and of batching, by hand from the figures in ``planner``: a swap takes 1, a forward 4 and 1 a
+# row; batched, 4, 2 for each of its models, 1 a row. 33 rows are padded to 40.
+@pytest.mark.parametrize(
+    ("models", "rows", "swap", "batched"),
+    [
+        (64, 1, 64 * (1 + 4 + 1), 4 + 64 * 2 + 64),
+        (16, 4, 16 * (1 + 4 + 4), 4 + 16 * 2 + 64),
+        (2, 48, 2 * (1 + 4 + 48), (4 + 2 * 2 + 64) + (4 + 2 + 32)),
+        (3, 33, 3 * (1 + 4 + 40), (4 + 2 * 2 + 64) + (4 + 2 * 2 + 40)),
+    ],
+)
+def test_it_predicts_both_plans_and_takes_the_faster(
+    clock: Clock, models: int, rows: int, swap: float, batched: float
+) -> None:
+    choice = planner(clock).choose(counts(models, rows), now=True)
+    assert choice.seconds == {"swap": pytest.approx(swap * 1e-3), "batched": pytest.approx(batched * 1e-3)}
+    assert choice.plan == ("swap" if swap < batched else "batched")
+    assert (choice.models, choice.rows) == (models, models * rows)
+    assert str(choice).startswith(f"{choice.plan} for {models * rows} rows of {models} models: predicted from")
+
+
+def test_ragged_work_is_not_taken_for_full_batches(clock: Clock) -> None:
+    """The base with 256 rows, and 63 models with one: as racing asks."""
+    choice = planner(clock).choose(np.array([256, *[1] * 63]), now=True)
+    assert choice.seconds["swap"] == pytest.approx(64 * 1e-3 + 4 * 68e-3 + 63 * 5e-3)
+    assert choice.seconds["batched"] == pytest.approx(4 * 70e-3 + (4 + 64 * 2 + 64) * 1e-3)
+    assert choice.plan == "batched"
 
 
 def test_full_batches_with_quick_swaps_are_not_worth_a_trial(clock: Clock) -> None:
     def refuse() -> Any:
         raise AssertionError("the batched plan must not be made")
 
-    choice = planner(clock, swap=1e-4, make=refuse).choose_for(10, 512, now=True)
-    assert choice.plan == "swap" and "takes 0.0% of the swap plan's time, and batches are full" in choice.reason
-    assert "there is one model" in planner(clock, make=refuse).choose_for(1, 4, now=True).reason
+    choice = planner(clock, swap=1e-4, make=refuse).choose(counts(10, 512), now=True)
+    assert choice.plan == "swap" and "takes 0.0% of its time, and batches are full" in choice.reason
+    before = clock.now
+    assert planner(clock, make=refuse).choose(counts(1, 4), now=True).reason == "there is one model"
+    assert clock.now == before
 
 
-def test_the_batched_plan_is_made_only_when_there_is_work_for_it(clock: Clock) -> None:
+def test_nothing_is_measured_for_little_work(clock: Clock) -> None:
     made = []
 
     def make() -> Any:
@@ -116,11 +140,12 @@ def test_the_batched_plan_is_made_only_when_there_is_work_for_it(clock: Clock) -
         return Batched(clock, 4e-3, 0.0, 1e-3)
 
     own = planner(clock, make=make)
+    small = Rows.product(1, [0, 1, 2, 3], 1)
+    assert [type(own.plan(small)).__name__ for _ in range(7)] == ["Swap"] * 7
+    assert clock.now == 0 and not own.choose(counts(2, 1)).final
     rows = Rows.product(1, list(range(64)), 1)  # 64 models of one row: 0.384 s by swapping
-    plans = [own.plan(rows).__class__.__name__ for _ in range(6)]
-    assert plans == ["Swap"] * 5 + ["Batched"]
-    assert made == [1]
-    assert "too little work so far" in str(own.choose_for(2, 1)) or own.choose_for(2, 1).final
+    assert [type(own.plan(rows)).__name__ for _ in range(6)] == ["Swap"] * 5 + ["Batched"]
+    assert made == [1] and own.choose(counts(64, 1)).final
 
 
 def test_without_a_batched_plan_it_swaps_and_says_why(clock: Clock) -> None:
@@ -128,27 +153,55 @@ def test_without_a_batched_plan_it_swaps_and_says_why(clock: Clock) -> None:
         raise BatchedUnavailableError("time_proj.weight belongs to no layer")
 
     own = planner(clock, make=make)
-    choice = own.choose_for(64, 1, now=True)
+    choice = own.choose(counts(64, 1), now=True)
     assert choice.plan == "swap" and "unavailable: time_proj.weight belongs to no layer" in choice.reason
     own.wanted = "batched"
     with pytest.raises(BatchedUnavailableError, match="time_proj.weight belongs"):
         own.plan(Rows.product(1, [1], 1))
 
 
-def test_measurements_are_kept(clock: Clock) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("can't allocate memory"), MemoryError(), RuntimeError("a bug")])
+def test_memory_that_runs_out_while_it_is_made_is_a_reason(clock: Clock, error: Exception) -> None:
+    def make() -> Any:
+        raise error
+
+    own = planner(clock, make=make)
+    if "bug" in str(error):
+        with pytest.raises(RuntimeError, match="a bug"):
+            own.choose(counts(64, 1), now=True)
+    else:
+        assert "memory ran out" in own.choose(counts(64, 1), now=True).reason
+
+
+def test_measurements_are_kept_while_batches_stay_as_they_are(clock: Clock) -> None:
     own = planner(clock)
-    own.choose_for(16, 4, now=True)
+    own.choose(counts(16, 4), now=True)
     spent = clock.now
-    own.choose_for(16, 4, now=True)
-    own.choose_for(13, 3)  # rounded up to the same powers of two
+    own.choose(counts(16, 4), now=True)
     assert clock.now == spent
+    own.swap.batches.size = 32
+    own.choose(counts(16, 4), now=True)
+    assert clock.now > spent
 
 
 def test_long_forwards_are_timed_twice_and_not_more(clock: Clock) -> None:
     own = planner(clock)
     own.swap.overhead = 1.0  # type: ignore[attr-defined]
-    own.swap_seconds(2, 64)
+    own.swap_seconds(counts(2, 64))
     assert own.swap.tried == [64, 64]  # type: ignore[attr-defined]
+
+
+def test_measuring_leaves_the_base(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, restored = planner(clock), list[int]()
+    monkeypatch.setattr(own.swap.bank, "restore", lambda: restored.append(1))
+
+    def interrupted(group: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(own.swap.bank, "apply", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        own.choose(counts(16, 4), now=True)
+    assert restored == [1]
 
 
 @pytest.mark.parametrize("plan", ["auto", "swap", "batched"])
@@ -163,9 +216,10 @@ def test_an_engine_follows_the_plan_that_was_asked_for(plan: str, monkeypatch: p
         monkeypatch.setattr(part, "run", lambda *a, run=run, name=name: used.append(name) or run(*a))
     queries = engine.queries(torch.zeros(2, 1, 8, 8), [1, 2])
     engine.errors(queries, Rows.product(2, [0, 1, 2], 3))
-    expected = engine.choices[0].plan if plan == "auto" else plan
-    assert used == [expected]
-    assert bool(engine.choices) == (plan == "auto")
+    assert used == [engine.choices[0].plan] and engine.choices[0].plan == ("swap" if plan == "auto" else plan)
+    assert engine.choices[0].reason == (
+        "there was too little work so far to measure" if plan == "auto" else "it was asked for"
+    )
 
 
 def test_a_wanted_plan_must_be_one_of_them() -> None:

@@ -44,11 +44,11 @@ def bank_of(base: nn.Module, factor: float) -> gf.DeltaBank:
 
 
 def test_a_large_delta_runs_in_bf16(base, images) -> None:
-    bank = bank_of(base, 0.1)
+    bank = bank_of(base, 0.3)
     wide = gf.attribute(images, bank, PROTOCOL)
     narrow = gf.attribute(images, bank, PROTOCOL, precision="bf16")
     error = np.linalg.norm(narrow.scores - wide.scores) / np.linalg.norm(wide.scores)
-    assert 0 < error < 0.1  # it did run in bfloat16, and well
+    assert 0 < error < 0.05  # it did run in bfloat16, and well
     assert narrow.provenance["precision"] == "bf16" and narrow.provenance["precision_audit"]["passed"]
     assert wide.provenance["precision_audit"] is None
     assert all(0.99 < cosine < 1 for cosine in narrow.provenance["rounding_cosine"].values())
@@ -68,7 +68,7 @@ def test_a_small_delta_is_refused_in_bf16_with_figures_and_ways_out(base, images
 
 def test_auto_takes_bf16_only_where_the_audit_passes(base, images, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("guda_fast.forward.precision._cpu_has_bfloat16", lambda: True)
-    result = gf.attribute(images, bank_of(base, 0.1), PROTOCOL, precision="auto")
+    result = gf.attribute(images, bank_of(base, 0.3), PROTOCOL, precision="auto")
     assert result.provenance["precision"] == "bf16" and result.provenance["precision_audit"]["passed"]
     result = gf.attribute(images, bank_of(base, 3e-4), PROTOCOL, precision="auto")
     assert result.provenance["precision"] == "fp32" and result.provenance["precision_audit"] is None
@@ -88,17 +88,17 @@ def test_what_merging_erases_is_offered_unmerged(base, images) -> None:
 
 
 def test_the_audit_says_what_it_found(base, images) -> None:
-    audit = gf.precision_audit(bank_of(base, 0.1), images, PROTOCOL, precision="bf16")
+    audit = gf.precision_audit(bank_of(base, 0.3), images, PROTOCOL, precision="bf16")
     assert (audit.queries, audit.draws, audit.precision) == (8, 8, "bf16")
     assert audit.passed and 0 < audit.relative_error < 0.05
     assert "8 queries at 8 draws have a relative error of" in str(audit)
     weights = replace(PROTOCOL, weighting=tuple(float(t) for t in PROTOCOL.timesteps))
-    again = gf.precision_audit(bank_of(base, 0.1), images[:2], weights, precision="fp32")
+    again = gf.precision_audit(bank_of(base, 0.3), images[:2], weights, precision="fp32")
     assert again.relative_error == 0 and again.rank_agreement == 1 and again.queries == 2
     with pytest.raises(ValueError, match="precision must be one of"):
-        gf.precision_audit(bank_of(base, 0.1), images, PROTOCOL, precision="half")
+        gf.precision_audit(bank_of(base, 0.3), images, PROTOCOL, precision="half")
     with pytest.raises(TypeError, match="bank must be a DeltaBank"):
-        gf.precision_audit(images, bank_of(base, 0.1), PROTOCOL, precision="bf16")  # type: ignore[arg-type]
+        gf.precision_audit(images, bank_of(base, 0.3), PROTOCOL, precision="bf16")  # type: ignore[arg-type]
 
 
 def test_both_limits_must_hold() -> None:
@@ -117,7 +117,7 @@ def test_rank_agreement_counts_pairs() -> None:
 @pytest.mark.parametrize("name", ["tf32", "fp16"])
 def test_what_a_cpu_does_not_have_is_refused(base, images, name: str) -> None:
     with pytest.raises(ValueError, match=f"precision must be fp32, bf16 or fp64 on a CPU, got '{name}'"):
-        gf.attribute(images, bank_of(base, 0.1), PROTOCOL, precision=name, device="cpu")
+        gf.attribute(images, bank_of(base, 0.3), PROTOCOL, precision=name, device="cpu")
     assert policy("attribute", name, torch.device("cuda")) is POLICIES[name]
 
 
@@ -131,9 +131,15 @@ def test_switches_are_set_and_set_back(name: str, new: bool, monkeypatch: pytest
             else:
                 self.allow_tf32 = True
 
-    matmul, conv = Switch(), Switch()
+    class Cudnn(Switch):
+        """Before torch 2.9 it had a switch for everything; now it has one for convolutions."""
+
+    matmul, cudnn = Switch(), Cudnn()
+    conv = cudnn
+    if new:
+        conv = cudnn.conv = Switch()  # type: ignore[attr-defined, assignment]
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
-    monkeypatch.setattr(torch.backends.cudnn, "conv", conv)
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
     before = dict(vars(matmul))
     with pytest.raises(KeyError), POLICIES[name].active(torch.device("cuda")):
         expected: Any = ("tf32" if name == "tf32" else "ieee") if new else name == "tf32"

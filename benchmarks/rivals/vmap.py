@@ -22,7 +22,7 @@ class StackedModels:
     Channels-first: the grouped convolutions that vmap makes are far slower in channels-last. Group norms are composed,
     since torch's fails under vmap. Noise is torch.randn's own.
 
-    batch: rows a call, each under all models. dtype: of weights and activations.
+    batch: rows a forward, of all models together. dtype: of weights and activations.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class StackedModels:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._protocol, self._batch = workload.protocol, batch
+        self._protocol, self._batch, self._models = workload.protocol, batch, workload.models
         self._device, self._dtype = torch.device(device), dtype
         separate = (workload.separate(model) for model in range(workload.models))
         # Not model.to: diffusers' own warns about modules that it would rather keep in float32.
@@ -50,7 +50,7 @@ class StackedModels:
         rows = NoisedRows.make(
             queries,
             self._protocol,
-            self._batch,
+            max(1, self._batch // self._models),
             device=self._device,
             dtype=self._dtype,
             memory_format=torch.contiguous_format,

@@ -19,18 +19,18 @@ def print_cost(queries: Path, bank: DeltaBank, protocol: Protocol, how: Executio
     engine, query_set = prepared.engine, prepared.queries
     models, rows = len(bank) + 1, len(query_set.x0) * protocol.draws
     forwards = Full().forwards(len(query_set.x0), len(bank), protocol)
-    choice = engine.planner.choose_for(models, rows, now=True)
+    choice = engine.choose(models, rows)
     lines = {
         "queries": f"{len(query_set)} ({len(query_set.x0)} distinct)",
         "groups": str(len(bank)),
         "draws": f"{protocol.draws} ({len(protocol.timesteps)} timesteps x {protocol.samples} samples)",
         "forwards": f"{forwards:,} rows in batches of {engine.batches.size} on {engine.device}",
         "FLOPs": f"{engine.flop * forwards:.3g} ({engine.flop / 1e6:.3g} M a forward)",
-        "deltas": f"{_mebibytes(sum(survey.bytes for survey in bank.survey().values()))}, read one group at a time",
+        "deltas": f"{_mebibytes(sum(survey.bytes for survey in bank.survey().values()))} for all groups",
         "memory": _memory(engine, choice),
         "precision": _precision(prepared),
         "plan": f"{choice.plan}: {choice.reason}",
-        "time": f"about {_seconds(engine, choice, models, rows):.3g} s",
+        "time": f"about {engine.seconds(choice, models, rows):.3g} s",
     }
     for name, value in lines.items():
         typer.echo(f"{name:<12} {value}")
@@ -42,7 +42,7 @@ def _memory(engine: Engine, choice: Choice) -> str:
     resident = sum(tensor.nbytes for tensor in tensors)
     base = sum(4 * tensor.numel() for tensor in tensors)
     text = f"{_mebibytes(resident)} the model, {_mebibytes(base)} the base on the host, "
-    text += f"{_mebibytes(engine.activation_bytes)} activations"
+    text += f"{_mebibytes(engine.batches.size * engine.activation_bytes_a_row)} activations"
     if choice.plan == "batched":
         text += f", {_mebibytes(engine.planner.batched().model.bytes)} the deltas of all groups"
     return text
@@ -53,12 +53,6 @@ def _precision(prepared: Prepared) -> str:
     text = f"{prepared.engine.precision.name}, which keeps a delta to a cosine of at least "
     text += f"{prepared.cosine[worst]:.4f} (group {worst})"
     return text if prepared.audit is None else f"{text}; {prepared.audit}"
-
-
-def _seconds(engine: Engine, choice: Choice, models: int, rows: int) -> float:
-    if choice.plan == "batched":
-        return engine.planner.batched_seconds(models, rows)
-    return engine.planner.swap_seconds(models, rows)
 
 
 def _mebibytes(number: int) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from guda_fast._validate import check_choice, check_int, describe
 from guda_fast.deltas.base import Base, open_base
 from guda_fast.deltas.delta import HASH_BYTES, Delta, Part
-from guda_fast.deltas.diff import FLOATING, differences, fitted, fitting
+from guda_fast.deltas.diff import FLOATING, BaseTensor, differences, fitted, fitting
 from guda_fast.deltas.formats.diffusers import check_config
 from guda_fast.deltas.groups import FileGroup, Group, HeldGroup
 from guda_fast.deltas.resident import ResidentModel
@@ -185,7 +186,8 @@ class DeltaBank:
         because ``apply`` writes in place there. What goes wrong is raised by ``apply``.
 
         group: a name, or its position in ``groups`` [0 <= k < K]
-        Raises: TypeError or ValueError when there is no such group
+        Raises: TypeError or ValueError when there is no such group; CheckpointError as ``survey``, which comes first
+            where it was not done yet
         """
         name = self._name(group)
         if name != self._applied and stages(self._resident.device):
@@ -273,6 +275,11 @@ class DeltaBank:
                 self.apply(before)
         return self
 
+    @property
+    def memory(self) -> int:
+        """A number that changes when `to` gives the resident model other memory."""
+        return hash(tuple(tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())))
+
     def __len__(self) -> int:
         return len(self._sources)
 
@@ -284,16 +291,13 @@ class DeltaBank:
         if isinstance(source, Delta):
             return HeldGroup(fitted(self._resident.tensors, source, name), self._resident)
         if isinstance(source, str | os.PathLike):
-            return FileGroup(partial(self._opened, source, name), self._resident)
-        weights = self._opened(source, name)
+            # In full, so that a change of the working directory changes nothing.
+            return FileGroup(
+                partial(_opened, self._base, self._resident.tensors, Path(source).absolute(), name), self._resident
+            )
+        weights = _opened(self._base, self._resident.tensors, source, name)
         parts = differences(self._resident.tensors, weights, self._resident.theta_0)
         return HeldGroup(Delta(dict(parts), weights.origin), self._resident)
-
-    def _opened(self, source: Openable, name: str) -> Weights:
-        weights = open_source(source, name)
-        if self._base.config is not None:
-            check_config(self._base.config, type(self.model), weights)
-        return fitting(self._resident.tensors, weights)
 
     def _support(self, group: str) -> Collection[str]:
         return self.survey(group).support
@@ -331,6 +335,14 @@ class DeltaBank:
         if isinstance(group, str):
             return check_choice("DeltaBank", "group", group, self.groups)
         return self.groups[check_int("DeltaBank", "group", group, 0, len(self) - 1)]
+
+
+def _opened(base: Base, tensors: Sequence[BaseTensor], source: Openable, name: str) -> Weights:
+    """A counterfactual's files, opened, and checked against the base as far as headers tell."""
+    weights = open_source(source, name)
+    if base.config is not None:
+        check_config(base.config, type(base.model), weights)
+    return fitting(tensors, weights)
 
 
 def _check_counterfactuals(counterfactuals: object) -> None:

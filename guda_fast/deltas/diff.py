@@ -181,7 +181,9 @@ def _present(
         for name in names[1:]:
             shared = weights.entries[name]
             with problems.at(position, shared, name):
-                if not torch.equal(entry.read(), shared.read()):
+                one, other = entry.read(), shared.read()
+                common = torch.promote_types(one.dtype, other.dtype)
+                if not torch.equal(one.to(common), other.to(common)):
                     raise KeyProblem(f"must equal key {tensor.name!r}: the base shares one tensor between them")
         yield tensor, entry, problems.at(position, entry, names[0])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 from guda_fast.deltas.delta import Delta, Part
 from guda_fast.deltas.diff import differences
@@ -37,7 +38,7 @@ class HeldGroup:
 
     def delta(self, support: Callable[[], Collection[str]]) -> Delta:
         """The delta."""
-        return Delta(self._parts, self.origin)
+        return Delta(MappingProxyType(self._parts), self.origin)
 
     def lay_out(self) -> None:
         """Give dense parts the memory layout of the resident tensors, one after the other."""
@@ -80,10 +81,16 @@ class FileGroup:
 
     def open(self) -> Weights:
         """Open the files again, if they are still those that the bank was loaded from."""
-        for path, stamp in self._stamps.items():
-            if _stamp(path) != stamp:
-                raise CheckpointError(f"{path}: has changed since DeltaBank.load read its header; load the bank again")
+        self.check_unchanged()
         return self._open_checked()
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError where a file is not the one that the bank was loaded from."""
+        for path, stamp in self._stamps.items():
+            found = _stamp(path)
+            if found != stamp:
+                what = "is gone" if found is None else "has changed"
+                raise CheckpointError(f"{path}: {what} since DeltaBank.load read its header; load the bank again")
 
     def read(self, weights: Weights, only: Collection[str] | None = None) -> Iterator[tuple[str, Part]]:
         """The parts of opened files."""
@@ -104,6 +111,7 @@ class _FileParts(Mapping[str, Part]):
     def __getitem__(self, name: str) -> Part:
         if name not in self._support():
             raise KeyError(name)
+        self._group.check_unchanged()
         return dict(self._group.read(self._weights, (name,)))[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -116,9 +124,9 @@ class _FileParts(Mapping[str, Part]):
 Group = HeldGroup | FileGroup
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _stamp(path: Path) -> tuple[int, int, int] | None:
     try:
         status = path.stat()
     except OSError:
         return None
-    return status.st_mtime_ns, status.st_size
+    return status.st_ino, status.st_mtime_ns, status.st_size

@@ -67,7 +67,7 @@ class _Moments:
         self._base = self._delta = 0.0
         self._product = dict.fromkeys(_ROUND, 0.0)
         self._rounded = dict.fromkeys(_ROUND, 0.0)
-        self._small = torch.empty(2, _CHUNK)
+        self._small = torch.empty(2, _CHUNK, dtype=torch.float32, device="cpu")
         self._waiting = 0
 
     def add(self, base: torch.Tensor, delta: torch.Tensor) -> None:

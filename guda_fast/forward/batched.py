@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from guda_fast._validate import check_choice, check_tensor
 from guda_fast.deltas import DeltaBank
-from guda_fast.deltas.delta import Dense, Part
+from guda_fast.deltas.delta import Dense, LowRank, Part
 from guda_fast.deltas.weights import named_tensors
 from guda_fast.errors import BatchedUnavailableError
 from guda_fast.forward._routing import Inputs, Kind, RowModels
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from guda_fast.forward._batched_layers import Layer
 
 _WHERE = "BatchedModel"
+_FORMS: Mapping[str, type[Part]] = {"dense": Dense, "low-rank": LowRank}  # of a survey's support
 _LARGEST_SIDE = 32  # of the example that is made where none is given
 
 
@@ -57,26 +58,14 @@ class BatchedModel:
         groups: Sequence[str] | None = None,
         example: tuple[Tensor, Tensor, Mapping[str, Any]] | None = None,
     ) -> None:
-        from guda_fast.forward._rehearsal import Rehearsal
-
         self._bank = bank
         self._check_base()
         self.groups = _groups(bank, groups)
-        self._parts = {group: bank.deltas[bank.groups.index(group)].parts for group in self.groups}
-        changed = {name for parts in self._parts.values() for name in parts}
+        supports = [bank.survey(group).support for group in self.groups]
+        changed = {name for support in supports for name in support}
         owners = _owners(bank.model, changed)
-        rehearsal = Rehearsal(bank.model, changed, Inputs(*example) if example else _example(bank.model))
-        inputs = rehearsal.dependences(owners)
-
-        trial = _Skeleton(rehearsal.model, inputs, owners, {name: {Dense} for name in changed}, models=2)
-        with rehearsal.second() as model:
-            differences = {name: Dense(value.cpu()) for name, value in rehearsal.differences.items()}
-            trial.add(1, differences, named_tensors(model))
-        trial.finish()
-        rehearsal.check(trial.model, trial)
-        del rehearsal, trial  # The largest part of the memory.
-
-        forms = {name: {type(parts[name]) for parts in self._parts.values() if name in parts} for name in changed}
+        inputs = _rehearsed(bank.model, changed, owners, Inputs(*example) if example else _example(bank.model))
+        forms = {name: {_FORMS[support[name]] for support in supports if name in support} for name in changed}
         self._skeleton = _Skeleton(bank.model, inputs, owners, forms, models=len(self.groups) + 1)
         self._fill()
 
@@ -120,7 +109,9 @@ class BatchedModel:
     def _fill(self) -> None:
         """Hand each group's parameters to the layers, one group at a time."""
         merges = any(layer.merges for layer in self._skeleton.layers.values())
-        for k, (group, parts) in enumerate(self._parts.items()):
+        for k, group in enumerate(self.groups):
+            # Not kept: what is in files stays there.
+            parts = self._bank.deltas[self._bank.groups.index(group)].parts
             with self._bank.applied(group) if merges else nullcontext(self._bank.model) as model:
                 self._skeleton.add(k + 1, parts, named_tensors(model))
         self._skeleton.finish()
@@ -186,6 +177,30 @@ class _Skeleton:
             self.batch.rows = None
 
 
+def _rehearsed(
+    model: nn.Module, changed: set[str], owners: Mapping[str, Mapping[str, str]], example: Inputs
+) -> dict[str, Kind | None]:
+    """What the input of each leaf depends on, after a trial of the whole; frees its memory, which is large."""
+    from guda_fast.forward._rehearsal import Rehearsal
+
+    try:
+        rehearsal = Rehearsal(model, changed, example)
+        inputs = rehearsal.dependences(owners)
+        trial = _Skeleton(rehearsal.model, inputs, owners, {name: {Dense} for name in changed}, models=2)
+        with rehearsal.second() as second:
+            differences = {name: Dense(value.cpu()) for name, value in rehearsal.differences.items()}
+            trial.add(1, differences, named_tensors(second))
+        trial.finish()
+        rehearsal.check(trial.model, trial)
+    except BatchedUnavailableError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise BatchedUnavailableError(
+            f"{_WHERE}: the model must run in float64 on small random inputs, got {type(error).__name__}: {error}"
+        ) from error
+    return inputs
+
+
 def _groups(bank: DeltaBank, groups: Sequence[str] | None) -> tuple[str, ...]:
     if groups is None:
         return bank.groups
@@ -202,11 +217,11 @@ def _owners(model: nn.Module, changed: set[str]) -> dict[str, dict[str, str]]:
     from guda_fast.forward._batched_leaves import leaves
 
     tensors = named_tensors(model)
-    first_names = {id(tensors[name]): name for name in changed}
+    first_names = {_place(tensors[name]): name for name in changed}
     routable = leaves(model)
     owners: dict[str, dict[str, str]] = {}
     for name, tensor in tensors.items():
-        if id(tensor) not in first_names:
+        if _place(tensor) not in first_names:
             continue
         owner, _, attribute = name.rpartition(".")
         if owner not in routable:
@@ -214,8 +229,13 @@ def _owners(model: nn.Module, changed: set[str]) -> dict[str, dict[str, str]]:
                 f"{_WHERE}: key {name!r} must belong to a Linear, Conv2d, ConvTranspose2d, Embedding or norm layer to "
                 f"differ between the rows of a batch, got a tensor of {type(model.get_submodule(owner)).__name__}"
             )
-        owners.setdefault(owner, {})[attribute] = first_names[id(tensor)]
+        owners.setdefault(owner, {})[attribute] = first_names[_place(tensor)]
     return owners
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for tensors that are one and the same memory, also where they are two objects."""
+    return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (id(tensor),)
 
 
 def _example(model: nn.Module) -> Inputs:

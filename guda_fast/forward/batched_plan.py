@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion.schedule import FloatArray
+from guda_fast.errors import BatchedUnavailableError
 from guda_fast.forward._routing import RowModels
 from guda_fast.forward.batched import BatchedModel
 from guda_fast.forward.batches import Advance, Batches
 from guda_fast.forward.noised import NoisedQueries
-from guda_fast.forward.rows import BASE, Rows
+from guda_fast.forward.rows import Rows
 from guda_fast.forward.swap import example
 
 
@@ -19,13 +23,16 @@ class BatchedPlan:
     """Runs rows in batches of whatever models they have, model by model as far as that fills batches.
 
     bank: holds its base, resident as for the swap plan. batches: rows a forward. shape: of one query (C, H, W).
+    free: called before a batch that did not fit is tried again at half the size.
     Raises BatchedUnavailableError with the reason where the model or a delta does not allow it.
     """
 
-    name = "batched"
-
-    def __init__(self, bank: DeltaBank, batches: Batches, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, bank: DeltaBank, batches: Batches, shape: tuple[int, ...], free: Callable[[], None] = lambda: None
+    ) -> None:
+        _check_memory(bank)
         self.bank = bank
+        self.free = free
         self.batches = batches
         self.shape = shape
         self.model = BatchedModel(bank, example=(*example(bank.model, shape, 1), {}))
@@ -46,19 +53,44 @@ class BatchedPlan:
             return self.model(x_t, timestep, models)
 
         query, draw = ordered.query.to(queries.device), ordered.draw.to(queries.device)
-        found = self.batches.errors(queries, query, draw, forward, advance)
+        found = self.batches.errors(queries, query, draw, forward, advance, self.free)
+        queries.check_finite(found.numpy(), ordered, self.bank.groups)
         errors = torch.empty_like(found)
         errors[order] = found
-        for model, index in rows.by_model():
-            name = "the base" if model == BASE else f"group {self.bank.groups[model - 1]!r}"
-            queries.check_finite(errors[index].numpy(), rows.query[index], rows.draw[index], name)
         result: FloatArray = errors.numpy()
         return result
 
     @torch.inference_mode()
     def try_forward(self, size: int, models: int) -> Tensor:
-        """One forward of ``size`` rows, evenly of the first ``models`` models, for measuring."""
+        """One forward of ``size`` rows, evenly of the first ``models`` models, for measuring.
+
+        Models share their samples, whose timesteps all differ, so that little is shared within a model.
+        """
         x_t, timestep = example(self.bank.model, self.shape, size)
         model = torch.arange(size) * models // size
         sample = torch.arange(size) - torch.searchsorted(model, model)
-        return self.model(x_t, timestep, RowModels(model=model, sample=sample, timestep=torch.zeros_like(model)))
+        return self.model(x_t, timestep, RowModels(model=model, sample=sample, timestep=sample))
+
+
+def _check_memory(bank: DeltaBank) -> None:
+    """Raise BatchedUnavailableError where all groups' parameters, and a rehearsal in float64, might not fit."""
+    place = next(bank.model.parameters())
+    free = _free_bytes(place.device)
+    changed = sum(survey.values for survey in bank.survey().values()) * place.dtype.itemsize
+    rehearsal = 4 * 8 * sum(parameter.numel() for parameter in bank.model.parameters())
+    if free is not None and changed + rehearsal > free // 2:
+        raise BatchedUnavailableError(
+            f"the parameters of all groups take {changed / 2**30:.2f} GiB and their rehearsal "
+            f"{rehearsal / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB is free, of which half may be used"
+        )
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Memory that can be had, None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

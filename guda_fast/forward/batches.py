@@ -25,18 +25,21 @@ _FORWARDS = 8
 class Batches:
     """The size of a forward, which halves when memory runs out and stays so.
 
-    size: rows a forward [>= 1].
+    size: rows a forward [>= 1]. fixed: every forward has this size, as compiled code wants it.
 
     >>> batches = Batches(64)
     >>> [batches.padded(rows) for rows in (1, 3, 9, 50, 64)]
     [1, 4, 16, 56, 64]
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, fixed: bool = False) -> None:
         self.size = size
+        self.fixed = fixed
 
     def padded(self, rows: int) -> int:
         """The size of the forward that ``rows`` are run in [rows <= size]."""
+        if self.fixed:
+            return self.size
         step = max(1, self.size // _STEPS)
         if rows <= step:
             return min(self.size, 1 << (rows - 1).bit_length())
@@ -47,6 +50,13 @@ class Batches:
         yield from [self.size] * (rows // self.size)
         if rows % self.size:
             yield self.padded(rows % self.size)
+
+    def shrink(self, error: Exception) -> bool:
+        """Halve the size if it was memory that ran out; False where it was something else, or cannot be halved."""
+        if self.size == 1 or not is_out_of_memory(error):
+            return False
+        self.size = -(-self.size // 2)
+        return True
 
     def errors(
         self,
@@ -94,10 +104,9 @@ class Batches:
             numbers = torch.arange(start + done, start + done + rows)
             try:
                 out = forward(*(_extended(rows_of, size) for rows_of in (x_t[part], timestep[part], numbers)))
-            except RuntimeError as error:
-                if self.size == 1 or not is_out_of_memory(error):
+            except (RuntimeError, MemoryError) as error:
+                if not self.shrink(error):
                     raise
-                self.size = -(-self.size // 2)
                 free()
                 continue
             # Channels beyond the query's own are a variance.
@@ -112,6 +121,8 @@ def _extended(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, tensor[:1].expand(missing, *tensor.shape[1:])]) if missing else tensor
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed, on a GPU or on the host, where torch has no class of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on a GPU, in one of its libraries, or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(text in str(error) for text in ("can't allocate memory", "_STATUS_ALLOC_FAILED"))

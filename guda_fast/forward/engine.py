@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from guda_fast.forward.noised import NoisedQueries
 from guda_fast.forward.plan import PLANS, Choice, Planner
 from guda_fast.forward.precision import POLICIES, Precision
 from guda_fast.forward.rows import BASE, Rows
-from guda_fast.forward.swap import SwapPlan
+from guda_fast.forward.swap import SwapPlan, example
 
 # A forward on a CPU should do so much work that Python's part in it does not count, and so little that its activations
 # do not fill the memory; one on a GPU should fill it.
@@ -40,7 +41,8 @@ class Engine:
     protocol: the draws. shape: of one query (C, H, W). device: of the forwards. precision: see `policy`.
     batch_size: rows a forward at most [>= 1; by default 64 on a CPU, more for a
         small and less for a large model; 512 on CUDA].
-    plan: "swap", "batched", or "auto", which measures them for each kind of work and takes the faster one.
+    plan: "swap", "batched", or "auto", which predicts both from measurements and takes the faster one; below fp32 it
+        is swap, because the plans round differently there.
     compiled: run the swap plan's model through torch.compile, which takes a minute at the start.
 
     When memory runs out the batch halves and the run goes on; results stay the same to rounding.
@@ -58,20 +60,28 @@ class Engine:
         plan: str = "auto",
         compiled: bool = False,
     ) -> None:
-        check_choice("attribute", "plan", plan, PLANS)
-        check_bool("attribute", "compiled", compiled)
+        check_choice("Engine", "plan", plan, PLANS)
+        check_bool("Engine", "compiled", compiled)
         if batch_size is not None:
-            check_int("attribute", "batch_size", batch_size, 1)
+            check_int("Engine", "batch_size", batch_size, 1)
         self.device = torch.device(device)
         self.precision = precision
         self.protocol = protocol
         self.shape = tuple(shape)
         self.bank = bank.to(device=self.device, dtype=precision.dtype, memory_format=torch.channels_last)
-        self.batches = Batches(1 if batch_size is None else batch_size)
+        self._memory = bank.memory
+        self.batches = Batches(1 if batch_size is None else batch_size, fixed=compiled)
         self.swap = SwapPlan(bank, self.batches, self.shape, compiled=compiled)
         if batch_size is None:
             self.batches.size = self._default_batch()
-        self.planner = Planner(self.swap, lambda: BatchedPlan(self.bank, self.batches, self.shape), plan)
+        make_batched = partial(BatchedPlan, bank, self.batches, self.shape, self.swap.forward.forget_graphs)
+        wanted, because = plan, "it was asked for"
+        if plan == "auto" and precision.dtype.itemsize < 4:
+            wanted, because = (
+                "swap",
+                f"in {precision.name} plans round differently, and scores must not hang on a stopwatch",
+            )
+        self.planner = Planner(self.swap, make_batched, wanted, because)
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -92,7 +102,7 @@ class Engine:
         rows.check(len(queries.x0), len(self.bank) + 1, queries.draws)
         if len(rows) == 0:
             return np.empty(0)
-        with self.precision.active(self.device):
+        with self._active():
             return self.planner.plan(rows).run(queries, rows, advance)
 
     def differences(self, queries: NoisedQueries, rows: Rows, advance: Advance = _nothing) -> FloatArray:
@@ -119,6 +129,29 @@ class Engine:
         result: FloatArray = difference.numpy()
         return result
 
+    def choose(self, models: int, rows: int) -> Choice:
+        """What would run so many rows of each of so many models; measures what it needs to know, now."""
+        with self._active():
+            return self.planner.choose(np.full(models, rows), now=True)
+
+    def seconds(self, choice: Choice, models: int, rows: int) -> float:
+        """Predicted time of such work under the plan that was chosen."""
+        of_plan = self.planner.swap_seconds if choice.plan == "swap" else self.planner.batched_seconds
+        with self._active():
+            return of_plan(np.full(models, rows))
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        """On the engine's device, in its precision; refuses a bank that was moved since."""
+        if self.bank.memory != self._memory:
+            raise RuntimeError(
+                "Engine: bank must stay as the engine put it, got a model that was moved or cast since, as by another "
+                "engine; make a new one"
+            )
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with on_device, self.precision.active(self.device):
+            yield
+
     @cached_property
     def flop(self) -> float:
         """Multiplications and additions that a forward of one row takes, as far as torch counts them."""
@@ -126,17 +159,22 @@ class Engine:
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter:
-            self.swap.try_forward(1)
+            self._eager_row()
         return float(counter.get_total_flops())
 
     @cached_property
-    def activation_bytes(self) -> int:
-        """The memory that a forward of a full batch takes at its peak, beside the model; measured on one row."""
-        with torch.inference_mode():
-            return self.batches.size * peak_bytes(lambda: self.swap.try_forward(1))
+    def activation_bytes_a_row(self) -> int:
+        """The memory that a forward takes at its peak for each row, beside the model."""
+        return peak_bytes(self._eager_row)
+
+    @torch.inference_mode()
+    def _eager_row(self) -> None:
+        """A forward of one row that no graph or compiled code hides."""
+        with self._active():
+            self.bank.model(*example(self.bank.model, self.shape, 1), return_dict=False)
 
     def _default_batch(self) -> int:
-        """A power of two; it depends on nothing but the model, so that a run can be repeated to the bit."""
+        """A power of two that depends on the model alone, so that runs of one plan can be repeated to the bit."""
         if self.device.type == "cuda":
             return _CUDA_BATCH
         size = _CPU_BATCH

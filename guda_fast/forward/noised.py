@@ -11,6 +11,7 @@ from torch import Tensor
 from guda_fast import ops
 from guda_fast.diffusion import Protocol
 from guda_fast.diffusion.schedule import FloatArray
+from guda_fast.forward.rows import BASE, Rows
 
 
 class NoisedQueries:
@@ -56,15 +57,15 @@ class NoisedQueries:
         """The rows (query, draw) of one forward [(B,), int64 each, on the device]."""
         return NoisedBatch(self, query, draw)
 
-    def check_finite(self, errors: FloatArray, query: Tensor, draw: Tensor, model: str) -> None:
-        """Raise FloatingPointError, naming model, query and draw, where an error is NaN or infinite."""
+    def check_finite(self, errors: FloatArray, rows: Rows, groups: Sequence[str]) -> None:
+        """Raise FloatingPointError, naming model, query and draw, where the error of a row is NaN or infinite."""
         bad = np.flatnonzero(~np.isfinite(errors))
         if bad.size:
             row = int(bad[0])
-            raise FloatingPointError(
-                f"attribute: errors must be finite, got {errors[row]} from {model} "
-                f"for query {self.names[int(query[row])]} at draw {int(draw[row])}"
-            )
+            query, model, draw = int(rows.query[row]), int(rows.model[row]), int(rows.draw[row])
+            name = "the base" if model == BASE else f"group {groups[model - 1]!r}"
+            where = f"{name} for query {self.names[query]} at draw {draw}"
+            raise FloatingPointError(f"Engine: errors must be finite, got {errors[row]} from {where}")
 
 
 class NoisedBatch:

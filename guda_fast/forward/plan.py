@@ -8,21 +8,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from guda_fast.diffusion.schedule import FloatArray
 from guda_fast.errors import BatchedUnavailableError
 from guda_fast.forward.batched_plan import BatchedPlan
-from guda_fast.forward.batches import Advance
+from guda_fast.forward.batches import Advance, is_out_of_memory
 from guda_fast.forward.noised import NoisedQueries
 from guda_fast.forward.rows import Rows
 from guda_fast.forward.swap import SwapPlan
 
 PLANS = ("auto", "swap", "batched")
+Counts = NDArray[np.int64]
+"""How many rows each model has that has any, in the order of the models."""
 
 # Where writing the models takes less than this share of the time, batching them cannot gain more.
 _NEGLIGIBLE = 0.02
-# Making the batched plan reads every delta and rehearses the model: not before so much work, in seconds, might gain.
+# Measuring takes a few forwards and swaps: not before so many forwards were asked for.
+_FORWARDS = 32
+# Making the batched plan reads every delta and rehearses the model: not before so many seconds of work might gain.
 _WORTH_TRYING = 2.0
 _LONG = 0.2  # s; what takes longer is not timed again
 
@@ -30,17 +36,15 @@ _LONG = 0.2  # s; what takes longer is not timed again
 class Plan(Protocol):
     """What runs rows: see `SwapPlan.run`."""
 
-    name: str
-
     def run(self, queries: NoisedQueries, rows: Rows, advance: Advance) -> FloatArray: ...
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for rows of one shape, and why.
+    """What was chosen for rows, and why.
 
-    plan: its name. models: how many have rows. rows: of the model that has most.
-    seconds: predicted for each plan that could run. reason: a sentence. final: it stays so, however much work comes.
+    plan: its name. models, rows: how many, in all. seconds: predicted for each plan that was looked at.
+    reason: a clause. final: whether it stays so, however much work comes.
     """
 
     plan: str
@@ -51,59 +55,58 @@ class Choice:
     final: bool = True
 
     def __str__(self) -> str:
-        return f"{self.plan} for {self.models} models with up to {self.rows} rows each: {self.reason}"
+        return f"{self.plan} for {self.rows} rows of {self.models} models: {self.reason}"
 
 
 class Planner:
     """Chooses between the swap plan and the batched plan.
 
-    Times are measured at powers of two of rows and models, when they are first asked for, and kept.
+    Both are predicted from the times of a swap and of forwards of each size, which are measured when they are first
+    needed, and kept until the size of a batch changes.
 
     swap: the plan that always runs. make_batched: makes the other one, which takes the time of reading every
-    delta, or raises BatchedUnavailableError with the reason. wanted: "auto", or the plan that must run.
+    delta, or raises BatchedUnavailableError with the reason. wanted: "auto", or the plan that must run, and because of
+    what.
     """
 
-    def __init__(self, swap: SwapPlan, make_batched: Callable[[], BatchedPlan], wanted: str = "auto") -> None:
+    def __init__(
+        self,
+        swap: SwapPlan,
+        make_batched: Callable[[], BatchedPlan],
+        wanted: str = "auto",
+        because: str = "it was asked for",
+    ) -> None:
         self.swap = swap
-        self.wanted = wanted
+        self.wanted, self.because = wanted, because
         self.choices: dict[tuple[int, int], Choice] = {}
         self._make_batched = make_batched
         self._batched: BatchedPlan | BatchedUnavailableError | None = None
+        self._asked_forwards = 0
         self._undecided = 0.0
-        self._swap_seconds: float | None = None
-        self._forwards: dict[int, float] = {}
-        self._batched_forwards: dict[tuple[int, int], float] = {}
+        self._forget()
 
     def plan(self, rows: Rows) -> Plan:
         """The plan for these rows.
 
         Raises BatchedUnavailableError where the batched plan is wanted and cannot run.
         """
-        if self.wanted == "swap" or len(rows) == 0:
-            return self.swap
-        if self.wanted == "batched":
-            return self.batched()
-        return self.swap if self.choose(rows).plan == "swap" else self.batched()
+        return self.swap if self.choose(row_counts(rows)).plan == "swap" else self.batched()
 
-    def choose(self, rows: Rows) -> Choice:
-        """The choice for rows of this number of models, and of rows for the model with most."""
-        counts = rows.model.unique(return_counts=True)[1]
-        return self.choose_for(len(counts), int(counts.max()))
+    def choose(self, counts: Counts, *, now: bool = False) -> Choice:
+        """The choice for models of so many rows; it is kept by magnitude, to be shown.
 
-    def choose_for(self, models: int, rows: int, *, now: bool = False) -> Choice:
-        """The choice for so many models of so many rows each, both rounded up to a power of two.
-
-        now: measure the batched plan even if there was too little work so far to make it for.
+        now: measure even if there was too little work so far.
         """
-        key = min(_power_of_two(models), len(self.swap.bank) + 1), _power_of_two(rows)
-        if key not in self.choices or (now and not self.choices[key].final):
-            self.choices[key] = self._choice(*key, now=now)
-        choice = self.choices[key]
-        if not choice.final:
-            self._undecided += choice.seconds["swap"]
-            if self._undecided >= _WORTH_TRYING:
-                self.choices[key] = choice = self._choice(*key, now=True)
-        return choice
+        while True:
+            try:
+                choice = self._choice(counts, now)
+            except (RuntimeError, MemoryError) as error:
+                if not self.swap.batches.shrink(error):
+                    raise
+                self.swap.forward.forget_graphs()
+                continue
+            self.choices[_power_of_two(choice.models), _power_of_two(choice.rows)] = choice
+            return choice
 
     def batched(self) -> BatchedPlan:
         """The batched plan, made at the first call.
@@ -115,50 +118,94 @@ class Planner:
                 self._batched = self._make_batched()
             except BatchedUnavailableError as error:
                 self._batched = error
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._batched = BatchedUnavailableError(f"memory ran out while it was made: {error}")
         if isinstance(self._batched, BatchedUnavailableError):
             raise self._batched
         return self._batched
 
-    def swap_seconds(self, models: int, rows: int) -> float:
+    def swap_seconds(self, counts: Counts) -> float:
         """Predicted time of the swap plan."""
-        return models * (self._seconds_a_swap() + self._seconds_of_forwards(rows))
+        forwards = sum(self._seconds_of_forwards(int(n)) * int(m) for n, m in zip(*_distinct(counts), strict=True))
+        return len(counts) * self._seconds_a_swap() + forwards
 
-    def batched_seconds(self, models: int, rows: int) -> float:
-        """Predicted time of the batched plan."""
-        sizes = list(self.swap.batches.sizes(models * rows))
-        return sum(self._seconds_batched(size, min(models, -(-size // rows))) for size in sizes)
+    def batched_seconds(self, counts: Counts) -> float:
+        """Predicted time of the batched plan, which fills its batches model by model."""
+        size = self.swap.batches.size
+        ends = np.cumsum(counts)
+        starts = np.arange(0, ends[-1], size)
+        stops = np.minimum(starts + size, ends[-1])
+        models = 1 + np.searchsorted(ends, stops - 1, side="right") - np.searchsorted(ends, starts, side="right")
+        shapes = np.stack([stops - starts, models])
+        return sum(
+            int(times) * self._seconds_batched(self.swap.batches.padded(int(rows)), int(models))
+            for (rows, models), times in zip(*_distinct(shapes, axis=1), strict=True)
+        )
 
-    def _choice(self, models: int, rows: int, *, now: bool) -> Choice:
-        seconds = {"swap": self.swap_seconds(models, rows)}
-        share = models * self._seconds_a_swap() / seconds["swap"]
-        writing = f"writing the models takes {share:.1%} of the swap plan's time"
+    def _choice(self, counts: Counts, now: bool) -> Choice:
+        self._forget_other_sizes()
+        models, rows = len(counts), int(counts.sum())
+        if self.wanted == "batched":
+            self.batched()
+        if self.wanted != "auto":
+            return Choice(self.wanted, models, rows, {}, self.because)
         if models == 1:
-            return Choice("swap", models, rows, seconds, "there is one model")
-        # One forward of each model's rows fills its batches: the batched plan does the same work in more steps.
-        if share < _NEGLIGIBLE and rows >= self.swap.batches.size:
-            return Choice("swap", models, rows, seconds, f"{writing}, and batches are full")
-        if self._batched is None and not now:
-            reason = "there was too little work so far to make the batched plan for"
-            return Choice("swap", models, rows, seconds, reason, final=False)
+            return Choice("swap", models, rows, {}, "there is one model")
+        self._asked_forwards += sum(1 for n in counts.tolist() for _ in self.swap.batches.sizes(n))
+        if self._asked_forwards < _FORWARDS and not now:
+            return Choice("swap", models, rows, {}, "there was too little work so far to measure", final=False)
+        seconds = {"swap": self.swap_seconds(counts)}
+        share = models * self._seconds_a_swap() / seconds["swap"]
+        # Then the batched plan does the same work in more steps.
+        if share < _NEGLIGIBLE and counts.min() >= self.swap.batches.size:
+            reason = f"writing the models takes {share:.1%} of its time, and batches are full"
+            return Choice("swap", models, rows, seconds, reason)
+        if self._batched is None:
+            self._undecided += seconds["swap"]
+            if self._undecided < _WORTH_TRYING and not now:
+                reason = "there was too little work so far to make the batched plan for"
+                return Choice("swap", models, rows, seconds, reason, final=False)
+        return self._faster(counts, seconds)
+
+    def _faster(self, counts: Counts, seconds: dict[str, float]) -> Choice:
+        models, rows = len(counts), int(counts.sum())
         try:
             self.batched()
         except BatchedUnavailableError as error:
             return Choice("swap", models, rows, seconds, f"the batched plan is unavailable: {error}")
-        seconds["batched"] = self.batched_seconds(models, rows)
+        seconds["batched"] = self.batched_seconds(counts)
         better = min(seconds, key=lambda name: seconds[name])
         times = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items())
-        return Choice(better, models, rows, seconds, f"measured on this device: {times}")
+        return Choice(better, models, rows, seconds, f"predicted from measurements here: {times}")
+
+    def _forget_other_sizes(self) -> None:
+        if self._size != self.swap.batches.size:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._size = self.swap.batches.size
+        self._swap_seconds: float | None = None
+        self._forwards: dict[int, float] = {}
+        self._batched_forwards: dict[tuple[int, int], float] = {}
 
     def _seconds_a_swap(self) -> float:
         if self._swap_seconds is None:
             bank = self.swap.bank
             groups = range(min(3, len(bank)))
-            self._swap_seconds = statistics.median(self._seconds(lambda k=k: bank.apply(k)) for k in groups)  # type: ignore[misc]
-            bank.restore()
+            for group in groups:
+                bank.survey(group)  # which the first use of a group would do otherwise
+            try:
+                self._swap_seconds = statistics.median(self._seconds(lambda k=k: bank.apply(k)) for k in groups)  # type: ignore[misc]
+            finally:
+                bank.restore()
         return self._swap_seconds
 
     def _seconds_of_forwards(self, rows: int) -> float:
-        return sum(self._seconds_a_forward(size) for size in self.swap.batches.sizes(rows))
+        full, rest = divmod(rows, self.swap.batches.size)
+        sizes = [(self.swap.batches.size, full), (self.swap.batches.padded(rest) if rest else 0, 1 if rest else 0)]
+        return sum(times * self._seconds_a_forward(size) for size, times in sizes if times)
 
     def _seconds_a_forward(self, size: int) -> float:
         if size not in self._forwards:
@@ -177,7 +224,7 @@ class Planner:
         return first if first > _LONG else statistics.median([first, *(self._seconds(call) for _ in range(2))])
 
     def _seconds(self, call: Callable[[], object]) -> float:
-        """Wall time of one call, with everything that it starts on the device."""
+        """Wall time of one call, with everything that it starts on the current device."""
         on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
         if on_gpu:
             torch.cuda.synchronize()
@@ -186,6 +233,18 @@ class Planner:
         if on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter() - begin
+
+
+def row_counts(rows: Rows) -> Counts:
+    """How many rows each model has that has any, in the order of the models."""
+    counts: Counts = rows.model.unique(return_counts=True)[1].numpy()
+    return counts
+
+
+def _distinct(values: NDArray[np.int64], axis: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The different values, or columns as rows, and how often each comes."""
+    distinct, times = np.unique(values, axis=axis, return_counts=True)
+    return distinct.T, times
 
 
 def _power_of_two(number: int) -> int:

@@ -35,8 +35,9 @@ class Precision:
         if device.type != "cuda":
             yield
             return
+        # Before torch 2.9 the switch of convolutions was cudnn's own.
         cudnn: Any = torch.backends.cudnn
-        switches = (torch.backends.cuda.matmul, cudnn.conv)
+        switches = (torch.backends.cuda.matmul, getattr(cudnn, "conv", cudnn))
         before = [_get_tf32(switch) for switch in switches]
         try:
             for switch in switches:
@@ -72,7 +73,7 @@ def policy(where: str, name: object, device: torch.device) -> Precision:
 
 
 def fastest_first(device: torch.device) -> list[Precision]:
-    """What "auto" tries, in this order: the first whose rounding keeps every delta is taken.
+    """What "auto" tries, in this order: the first that an audit passes is taken, and fp32 needs none.
 
     On CUDA fp16 before bf16, which is as fast and keeps fewer bits. On a CPU bf16 where it has instructions for it.
     """

@@ -21,20 +21,18 @@ class ResidentForward:
     memory, so that one graph serves all models. Its result is overwritten by the next replay.
 
     model: its residual blocks, norms and attention are fused here. compiled: through torch.compile.
-    graphs: capture on CUDA.
     """
 
-    def __init__(self, model: nn.Module, *, compiled: bool = False, graphs: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, compiled: bool = False) -> None:
         # A model of diffusers has imported diffusers; fusing another one would import it for nothing.
         if "diffusers" in sys.modules:
             fuse(model)
         self._call: Callable[..., Any] = torch.compile(model, dynamic=False) if compiled else model
-        self._graphs_wanted = graphs
         self._graphs: dict[tuple[int, ...], _Graph] = {}
 
     def __call__(self, x_t: Tensor, timestep: Tensor) -> Tensor:
         """The prediction for one batch [x_t: (B, C, H, W); timestep: (B,), int64]."""
-        if x_t.device.type != "cuda" or not self._graphs_wanted:
+        if x_t.device.type != "cuda":
             prediction: Tensor = self._call(x_t, timestep, return_dict=False)[0]
             return prediction
         graph = self._graphs.get(tuple(x_t.shape))
@@ -63,7 +61,8 @@ class _Graph:
                 call(self._x_t, self._timestep, return_dict=False)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # Thread-local: meanwhile another thread may allocate pinned memory for the next delta.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._prediction: Tensor = call(self._x_t, self._timestep, return_dict=False)[0]
         self.pool = self._graph.pool()
 

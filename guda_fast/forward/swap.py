@@ -26,8 +26,6 @@ class SwapPlan:
     shape: of one query (C, H, W). compiled: run the resident model through torch.compile.
     """
 
-    name = "swap"
-
     def __init__(self, bank: DeltaBank, batches: Batches, shape: tuple[int, ...], *, compiled: bool = False) -> None:
         self.bank = bank
         self.batches = batches
@@ -50,8 +48,7 @@ class SwapPlan:
                     self.bank.prefetch(next_model - 1)
                 own = rows[index]
                 errors[index.numpy()] = found = self._errors(queries, own, advance)
-                name = "the base" if model == BASE else f"group {self.bank.groups[model - 1]!r}"
-                queries.check_finite(found, own.query, own.draw, name)
+                queries.check_finite(found, own, self.bank.groups)
         finally:
             if self.bank.applied_group is not None:
                 self.bank.restore()

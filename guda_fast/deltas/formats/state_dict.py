@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import mmap
 import os
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -91,7 +89,8 @@ class _OpenFile:
 
     def tensor(self, key: str, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The tensor whose bytes begin at ``start``."""
-        tensor = torch.empty(shape, dtype=dtype)
+        # On the CPU, whatever torch's default device is.
+        tensor = torch.empty(shape, dtype=dtype, device="cpu")
         rest = tensor.view(-1).view(torch.uint8).numpy().data
         while rest:
             try:
@@ -127,26 +126,7 @@ def _open_safetensors(path: Path) -> Weights:
 def _open_pickle(path: Path, *, zipped: bool) -> Weights:
     # Given a path that ends so, torch expects safetensors; a file object it takes as it is, but cannot map.
     mapped = zipped and path.suffix != ".safetensors"
-    weights = from_mapping(_load_pickle(path, mapped=mapped), str(path))
-    entries = weights.entries
-    if mapped:
-        entries = {
-            key: entry if entry.problem else replace(entry, read=partial(_taken_out, entry.read))
-            for key, entry in entries.items()
-        }
-    return replace(weights, entries=entries, files=(path,))
-
-
-def _taken_out(read: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """A copy of a mapped tensor, whose pages are given back to the system."""
-    mapped = read()
-    tensor = mapped.clone()
-    storage = mapped.untyped_storage()
-    begin = storage.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    length = storage.data_ptr() + storage.nbytes() - begin
-    # Clean pages of a private mapping: whoever needs one again gets it from the file.
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
-    return tensor
+    return replace(from_mapping(_load_pickle(path, mapped=mapped), str(path)), files=(path,))
 
 
 def _load_pickle(path: Path, *, mapped: bool) -> object:
