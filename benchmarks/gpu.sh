@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything that a GPU machine is needed for, in under nine minutes and without a network: builds, runs the GPU tests
+# Everything that a GPU machine is needed for, in under nine minutes (then it stops) and without a network: builds, runs the GPU tests
 # and compute-sanitizer on a short list, measures the ceilings, the ops and the ladder of rivals, and writes CSV files and
 # a one-page summary.
 #
-#     benchmarks/gpu.sh [--dry-run] [STEP...]     # steps: build tests sanitizer ceilings noise group_norm delta ladder
+#     benchmarks/gpu.sh [--dry-run] [STEP...]     # steps: build tests sanitizer ceilings ladder noise group_norm delta
 #
 # --dry-run      no GPU and no build: the installed guda_fast, small shapes, Triton's interpreter
 # OUT            where the results go; default build/gpu, or build/gpu-dry. Only what the steps make again is replaced
@@ -19,7 +19,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 budget=530
-all_steps=(build tests sanitizer ceilings noise group_norm delta ladder)
+all_steps=(build tests sanitizer ceilings ladder noise group_norm delta)
 declare -A limits=([build]=150 [tests]=150 [sanitizer]=75 [ceilings]=30 [noise]=120 [group_norm]=90 [delta]=60 [ladder]=240)
 declare -A measured=([ceilings]=gpu_ceilings [noise]=gpu_noise_ops [group_norm]=gpu_group_norm_silu [delta]=gpu_delta_ops
   [ladder]=gpu_ladder)

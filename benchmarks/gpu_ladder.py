@@ -33,4 +33,5 @@ def _cases(quick: bool) -> list[Callable[[], Case]]:
     return [partial(job_case, job, quick, MODE) for job in jobs]
 
 
-BENCHMARK = Benchmark("gpu_ladder", _cases, ("tests/test_rivals.py",), device="cuda", repetitions=3)
+TESTS = ("tests/test_rivals.py", "tests/test_engine*.py", "tests/test_deltas_prefetch.py", "tests/test_attention.py")
+BENCHMARK = Benchmark("gpu_ladder", _cases, TESTS, device="cuda", repetitions=3)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,8 @@ from guda_fast.estimators import Full
 from guda_fast.forward import POLICIES, Engine
 
 ALL = frozenset({"reference", "eager", "compiled", "vmap", "peft", "bare"})
+SAME_NOISE = ("tuned compiled", "tuned eager", "vmap", "peft mixed", "peft merged")
+AGREEMENT = 1e-2  # of float32 scores, which are small differences of large errors
 PRECISIONS = {"float32": "fp32", "tf32": "tf32", "bfloat16": "bf16", "float16": "fp16"}
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -96,6 +98,8 @@ def job_case(job: Job, quick: bool, mode: str | None = None) -> Case:
     job = job.small() if quick else job
     workload = make_workload(job.architecture, job.form, models=job.models, queries=job.queries, draws=job.draws)
     first, *others = _contenders(workload, job, quick, mode)
+    if job.precision == "float32":
+        _check_agreement([first, *others])
     dtype = DTYPES[job.precision]
     numbers = sum(parameter.numel() for parameter in workload.base.parameters())
     return Case(
@@ -108,6 +112,18 @@ def job_case(job: Job, quick: bool, mode: str | None = None) -> Case:
         contenders=others,
         flop=job.forwards * ARCHITECTURES[job.architecture].flop_per_forward(),
     )
+
+
+def _check_agreement(contenders: Sequence[Contender]) -> None:
+    """Raise where rivals that draw the same noise do not give the same scores, before any of them is timed."""
+    scores = {rival.backend: torch.as_tensor(rival.call(0)) for rival in contenders if rival.backend in SAME_NOISE}
+    for name, found in scores.items():
+        expected = next(iter(scores.values()))
+        error = float((found - expected).norm() / expected.norm())
+        if not error < AGREEMENT:
+            raise RuntimeError(
+                f"{name} must give the scores of {next(iter(scores))}, got a relative error of {error:.2g}"
+            )
 
 
 def _contenders(workload: Workload, job: Job, quick: bool, mode: str | None) -> Iterator[Contender]:
@@ -171,4 +187,5 @@ def _cases(quick: bool) -> list[Callable[[], Case]]:
     return [partial(job_case, job, quick) for job in jobs]
 
 
-BENCHMARK = Benchmark("ladder", _cases, ("tests/test_rivals.py",), threads=2, repetitions=5)
+TESTS = ("tests/test_rivals.py", "tests/test_engine.py", "tests/test_attention*.py", "tests/test_fuse.py")
+BENCHMARK = Benchmark("ladder", _cases, TESTS, threads=2, repetitions=5)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from benchmarks.ladder import ALL, Job, job_case
+from benchmarks.ladder import ALL, TESTS, Job, job_case
 from benchmarks.registry import Benchmark, Case
 from benchmarks.workloads import FORMS
 
@@ -27,4 +27,4 @@ def _cases(quick: bool) -> list[Callable[[], Case]]:
     return [partial(job_case, job, quick) for job in jobs[: len(jobs) // 2 if quick else None]]
 
 
-BENCHMARK = Benchmark("ladder_large", _cases, ("tests/test_rivals.py",), threads=2, repetitions=3)
+BENCHMARK = Benchmark("ladder_large", _cases, TESTS, threads=2, repetitions=3)

@@ -13,6 +13,7 @@ from torch import Tensor
 from attention_cases import assert_within_twice_eager, in_token_order, make
 from guda_fast import _backends, ops, reference
 from guda_fast.errors import BackendUnavailableError
+from guda_fast.ops.attention import MAX_DIM
 
 # rows, heads, queries, keys, dim: one of each, tiles of 16 queries and blocks of 8 keys cut short, the fixed
 # dimension 8 and others, cross-attention
@@ -222,7 +223,7 @@ def test_torch_is_pytorchs_own() -> None:
 
 def test_what_cpp_refuses() -> None:
     pytest.importorskip("guda_fast._C")
-    most = 256 if _backends.native_detail() != "baseline" else 32
+    most = MAX_DIM[_backends.native_detail()]
     q, k, v = make(1, 1, 9, 5, 8)
     for inputs, reason in (
         ((q.double(), k.double(), v.double()), "q is float64, and cpp computes in float32"),

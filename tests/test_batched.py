@@ -307,12 +307,11 @@ def test_low_rank_deltas_below_a_unit_of_the_weight_are_kept_in_bfloat16() -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("network", "every"), [("attention", 1), ("prompts, added", 8), ("transformer", 1)])
+@pytest.mark.parametrize(("network", "every"), [("prompts, added", 16), ("transformer", 4)])
 def test_a_delta_in_any_single_tensor_is_seen_or_refused(network: str, every: int) -> None:
     case = Case(network, ["dense"], models=[0, 1])
-    names = [name for name, _ in case.base.named_parameters()]
+    names = [name for name, _ in case.base.named_parameters()][::every]
     names += [name for name, buffer in case.base.named_buffers() if buffer.is_floating_point()]
-    names = names[::every]
     random = torch.Generator().manual_seed(7)
     tensors = {**dict(case.base.named_parameters()), **dict(case.base.named_buffers())}
     deltas = {

@@ -107,6 +107,13 @@ def test_dry_run_prints_the_cost_and_writes_nothing(files, run, tmp_path) -> Non
     assert not (tmp_path / "scores").exists()
 
 
+@pytest.mark.parametrize("plan", ["swap", "batched"])
+def test_dry_run_prints_the_plan_that_was_asked_for(files, run, plan: str) -> None:
+    code, printed = run(*score_arguments(files, "--dry-run", "--plan", plan))
+    assert code == 0 and f"plan         {plan}: it was asked for" in printed
+    assert ("the deltas of all groups" in printed) == (plan == "batched")
+
+
 def damage(files: Path, folder: Path, how: str) -> list[object]:
     """A copy of the files with one thing wrong, and the command line for it."""
     shutil.copytree(files, folder / "copy")

@@ -135,6 +135,7 @@ def test_values_are_formed_in_a_thread_and_once(
     assert len(threads) == len(bank.survey("a").support)
     assert threading.get_ident() not in threads
     bank.prefetch("a")  # it is there already
+    assert bank._staging._next is None
     assert len(threads) == len(bank.survey("a").support)
 
 

@@ -71,7 +71,10 @@ class PeftMixed(_Adapters):
 
 
 class PeftMerged(_Adapters):
-    """One adapter after another is merged into the weights, and subtracted again after its batches."""
+    """One adapter after another is merged into the weights, and subtracted again after its batches.
+
+    In 16 bits the weights drift by a rounding with each adapter, since subtracting does not undo a rounded sum.
+    """
 
     @torch.inference_mode()
     def scores(self, queries: Tensor, noise: Tensor | None = None) -> FloatArray:

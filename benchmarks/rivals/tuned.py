@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from benchmarks.rivals.noised import NoisedRows, row_errors
 from benchmarks.workloads import Workload
 from guda_fast.diffusion.schedule import FloatArray
+from guda_fast.forward import POLICIES
 
 
 class Tuned:
@@ -40,7 +41,8 @@ class Tuned:
         mode: str | None = None,
     ) -> None:
         self._protocol, self._batch = workload.protocol, batch
-        self._device, self._dtype, self._tf32 = torch.device(device), dtype, tf32
+        self._device, self._dtype = torch.device(device), dtype
+        self._products = POLICIES["tf32" if tf32 else "fp32"]
         self._model = resident(workload.base, self._device, dtype)
         parameters = dict(self._model.named_parameters())
         self._targets = [parameters[name].data for name in workload.changed()]
@@ -59,7 +61,7 @@ class Tuned:
     @torch.inference_mode()
     def scores(self, queries: Tensor, noise: Tensor | None = None) -> FloatArray:
         """Scores [(N, K), float64] of queries [(N, C, H, W), float32]; noise: [(N, D, C, H, W)] instead of its own."""
-        with tensor_cores(self._tf32), _compiled_once():
+        with self._products.active(self._device), _compiled_once():
             rows = NoisedRows.make(
                 queries,
                 self._protocol,
@@ -93,17 +95,3 @@ def _compiled_once() -> Iterator[None]:
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
         warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
         yield
-
-
-@contextmanager
-def tensor_cores(allowed: bool) -> Iterator[None]:
-    """Whether float32 products may round their factors to TF32 on CUDA."""
-    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [setting.allow_tf32 for setting in settings]
-    try:
-        for setting in settings:
-            setting.allow_tf32 = allowed
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.allow_tf32 = value
