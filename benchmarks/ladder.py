@@ -29,7 +29,8 @@ from guda_fast.datasets.queries import load_queries
 from guda_fast.estimators import Full
 from guda_fast.forward import POLICIES, Engine
 
-ALL = frozenset({"reference", "eager", "compiled", "vmap", "peft", "bare"})
+# "own compiled" is the engine itself, with its resident model compiled.
+ALL = frozenset({"reference", "eager", "compiled", "own compiled", "vmap", "peft", "bare"})
 SAME_NOISE = ("tuned compiled", "tuned eager", "vmap", "peft mixed", "peft merged")
 AGREEMENT = 1e-2  # of float32 scores, which are small differences of large errors
 PRECISIONS = {"float32": "fp32", "tf32": "tf32", "bfloat16": "bf16", "float16": "fp16"}
@@ -147,7 +148,7 @@ def _contenders(workload: Workload, job: Job, quick: bool, mode: str | None) -> 
     ours = Ours(workload, job, device)
     yield contender("guda_fast swap", ours.scores)
     # Deltas of any form leave the same model to compile.
-    if "compiled" in job.rivals and job.form == "dense" and not quick:
+    if "own compiled" in job.rivals and job.form == "dense" and not quick:
         yield contender("guda_fast swap, compiled", Ours(workload, job, device, compiled=True).scores)
     if "bare" in job.rivals:
         batches = workload.models * -(-workload.rows // job.batch)

@@ -1,8 +1,7 @@
 """The ladder on the CIFAR-10 networks of 35.7 and 49.07 million parameters: a handful of rows, on two CPU threads.
 
-Forwards are nearly all of the time here, and low-rank deltas change them for PEFT alone: with those, only PEFT and the
-compiled rival run. Eight images at one timestep give the reference loop, which makes a forward of each timestep,
-batches as large as everyone's.
+Dense deltas: merged, low-rank ones leave the same forwards, which are nearly all of the time here. Eight images at one
+timestep give the reference loop, which makes a forward of each timestep, batches as large as everyone's.
 """
 
 from __future__ import annotations
@@ -12,17 +11,15 @@ from functools import partial
 
 from benchmarks.ladder import ALL, TESTS, Job, job_case
 from benchmarks.registry import Benchmark, Case
-from benchmarks.workloads import FORMS
 
-ON_LOW_RANK = frozenset({"compiled", "peft"})
+RIVALS = {"float32": ALL - {"own compiled"}, "bfloat16": ALL - {"own compiled", "vmap", "eager"}}
 
 
 def _cases(quick: bool) -> list[Callable[[], Case]]:
     jobs = [
-        Job(name, form, precision, 1, queries=8, draws=1, batch=8, rivals=ALL if form == "dense" else ON_LOW_RANK)
+        Job(name, "dense", precision, 1, queries=8, draws=1, batch=8, rivals=rivals)
         for name in ("ddpm-cifar10", "guda-cifar10")
-        for precision in ("float32", "bfloat16")
-        for form in FORMS
+        for precision, rivals in RIVALS.items()
     ]
     return [partial(job_case, job, quick) for job in jobs[: len(jobs) // 2 if quick else None]]
 

@@ -30,6 +30,7 @@ _NEGLIGIBLE = 0.02
 _FORWARDS = 32
 # Making the batched plan reads every delta and rehearses the model: not before so many seconds of work might gain.
 _WORTH_TRYING = 2.0
+_CLEARLY = 0.95
 _LONG = 0.2  # s; what takes longer is not timed again
 
 
@@ -154,7 +155,7 @@ class Planner:
         if models == 1:
             return Choice("swap", models, rows, {}, "there is one model")
         self._asked_forwards += sum(1 for n in counts.tolist() for _ in self.swap.batches.sizes(n))
-        if self._asked_forwards < _FORWARDS and not now:
+        if self._asked_forwards < _FORWARDS and self._swap_seconds is None and not now:
             return Choice("swap", models, rows, {}, "there was too little work so far to measure", final=False)
         seconds = {"swap": self.swap_seconds(counts)}
         share = models * self._seconds_a_swap() / seconds["swap"]
@@ -176,7 +177,8 @@ class Planner:
         except BatchedUnavailableError as error:
             return Choice("swap", models, rows, seconds, f"the batched plan is unavailable: {error}")
         seconds["batched"] = self.batched_seconds(counts)
-        better = min(seconds, key=lambda name: seconds[name])
+        # Long work finds caches in another state than a few forwards do, and fares better with the simpler plan.
+        better = "batched" if seconds["batched"] < _CLEARLY * seconds["swap"] else "swap"
         times = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items())
         return Choice(better, models, rows, seconds, f"predicted from measurements here: {times}")
 
