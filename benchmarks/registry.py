@@ -29,6 +29,7 @@ class Contender:
 class Case:
     """One op on one shape: a rival, and the contenders measured against it in the same run.
 
+    check is called before anything is timed, and raises where contenders do not compute the same.
     bytes is what the op must at least read and write, from which the bandwidth follows; flop is what it must
     multiply and add, 0 where that is beside the point.
     """
@@ -41,6 +42,7 @@ class Case:
     rival: Contender
     contenders: Sequence[Contender]
     flop: int = 0
+    check: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,6 @@ def benchmarks() -> dict[str, Benchmark]:
         gpu_noise_ops,
         group_norm_silu,
         ladder,
-        ladder_large,
         noise_ops,
         noise_ops_threads,
         plans,
@@ -87,7 +88,6 @@ def benchmarks() -> dict[str, Benchmark]:
         delta_ops,
         plans,
         ladder,
-        ladder_large,
         gpu_ceilings,
         gpu_noise_ops,
         gpu_group_norm_silu,

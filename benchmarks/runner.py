@@ -107,6 +107,8 @@ def case_rows(case: Case, repetitions: int, device: str, shared: dict[str, str])
     everyone = [case.rival, *case.contenders]
     stopwatch = cuda_stopwatch if device == "cuda" else host_stopwatch
     threads = torch.get_num_threads()
+    if case.check is not None:
+        case.check()
     timings = measure(everyone, case.input_sets, repetitions, stopwatch)
     for contender, timing in zip(everyone, timings, strict=True):
         peak = peak_extra_bytes(lambda contender=contender: contender.call(0), device)  # type: ignore[misc]

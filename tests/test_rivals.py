@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_ladder, ladder, ladder_large
-from benchmarks.registry import Benchmark, Case
+from benchmarks import gpu_ladder, ladder
+from benchmarks.registry import Case, Contender
 from benchmarks.rivals import BareForwards, PeftMerged, PeftMixed, ReferenceLoop, StackedModels, Tuned
 from benchmarks.rivals.noised import NoisedRows
 from benchmarks.rivals.reference_loop import batch_seed
@@ -303,14 +303,15 @@ def test_contenders_of_the_ladder() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_compiler")
-@pytest.mark.parametrize(
-    ("benchmark", "expected"),
-    [
-        (ladder_large.BENCHMARK, {"tuned compiled", "bare forwards", "reference loop"}),
-        (gpu_ladder.BENCHMARK, {"tuned compiled", "tuned eager", "peft mixed", "peft merged"}),
-    ],
-    ids=lambda value: getattr(value, "name", ""),
-)
-def test_contenders_of_the_other_ladders(benchmark: Benchmark, expected: set[str]) -> None:
+def test_contenders_of_the_ladder_on_a_gpu() -> None:
     pytest.importorskip("peft")
-    assert expected <= run_all(benchmark.cases(True))
+    assert {"tuned compiled", "tuned eager", "peft mixed", "peft merged"} <= run_all(gpu_ladder.BENCHMARK.cases(True))
+
+
+def test_rivals_that_disagree_are_not_timed() -> None:
+    def contender(name: str, score: float) -> Contender:
+        return Contender(name, "", lambda number: np.array([[score]]))
+
+    ladder._check_agreement([contender("tuned compiled", 1.0), contender("vmap", 1.001), contender("other noise", 2.0)])
+    with pytest.raises(RuntimeError, match="vmap must give the scores of tuned compiled, got a relative error of 0.1"):
+        ladder._check_agreement([contender("tuned compiled", 1.0), contender("vmap", 1.1)])
