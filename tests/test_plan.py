@@ -142,10 +142,10 @@ def test_nothing_is_measured_for_little_work(clock: Clock) -> None:
     own = planner(clock, make=make)
     small = Rows.product(1, [0, 1, 2, 3], 1)
     assert [type(own.plan(small)).__name__ for _ in range(7)] == ["Swap"] * 7
-    assert clock.now == 0 and not own.choose(counts(2, 1)).final
+    assert clock.now == 0 and "too little work so far to measure" in own.choose(counts(2, 1)).reason
     rows = Rows.product(1, list(range(64)), 1)  # 64 models of one row: 0.384 s by swapping
     assert [type(own.plan(rows)).__name__ for _ in range(6)] == ["Swap"] * 5 + ["Batched"]
-    assert made == [1] and own.choose(counts(64, 1)).final
+    assert made == [1] and "predicted from measurements" in own.choose(counts(64, 1)).reason
 
 
 def test_without_a_batched_plan_it_swaps_and_says_why(clock: Clock) -> None:

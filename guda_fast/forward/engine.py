@@ -77,10 +77,8 @@ class Engine:
         make_batched = partial(BatchedPlan, bank, self.batches, self.shape, self.swap.forward.forget_graphs)
         wanted, because = plan, "it was asked for"
         if plan == "auto" and precision.dtype.itemsize < 4:
-            wanted, because = (
-                "swap",
-                f"in {precision.name} plans round differently, and scores must not hang on a stopwatch",
-            )
+            wanted = "swap"
+            because = f"in {precision.name} plans round differently, and scores must not hang on a stopwatch"
         self.planner = Planner(self.swap, make_batched, wanted, because)
 
     @property

@@ -30,6 +30,7 @@ _NEGLIGIBLE = 0.02
 _FORWARDS = 32
 # Making the batched plan reads every delta and rehearses the model: not before so many seconds of work might gain.
 _WORTH_TRYING = 2.0
+# Long work finds caches in another state than a few forwards do: only a gain of more than this is believed.
 _CLEARLY = 0.95
 _LONG = 0.2  # s; what takes longer is not timed again
 
@@ -45,7 +46,7 @@ class Choice:
     """What was chosen for rows, and why.
 
     plan: its name. models, rows: how many, in all. seconds: predicted for each plan that was looked at.
-    reason: a clause. final: whether it stays so, however much work comes.
+    reason: a clause.
     """
 
     plan: str
@@ -53,7 +54,6 @@ class Choice:
     rows: int
     seconds: dict[str, float]
     reason: str
-    final: bool = True
 
     def __str__(self) -> str:
         return f"{self.plan} for {self.rows} rows of {self.models} models: {self.reason}"
@@ -129,7 +129,10 @@ class Planner:
 
     def swap_seconds(self, counts: Counts) -> float:
         """Predicted time of the swap plan."""
-        forwards = sum(self._seconds_of_forwards(int(n)) * int(m) for n, m in zip(*_distinct(counts), strict=True))
+        forwards = sum(
+            int(models) * sum(map(self._seconds_a_forward, self.swap.batches.sizes(int(rows))))
+            for rows, models in zip(*_distinct(counts), strict=True)
+        )
         return len(counts) * self._seconds_a_swap() + forwards
 
     def batched_seconds(self, counts: Counts) -> float:
@@ -154,9 +157,9 @@ class Planner:
             return Choice(self.wanted, models, rows, {}, self.because)
         if models == 1:
             return Choice("swap", models, rows, {}, "there is one model")
-        self._asked_forwards += sum(1 for n in counts.tolist() for _ in self.swap.batches.sizes(n))
+        self._asked_forwards += int((-(-counts // self.swap.batches.size)).sum())
         if self._asked_forwards < _FORWARDS and self._swap_seconds is None and not now:
-            return Choice("swap", models, rows, {}, "there was too little work so far to measure", final=False)
+            return Choice("swap", models, rows, {}, "there was too little work so far to measure")
         seconds = {"swap": self.swap_seconds(counts)}
         share = models * self._seconds_a_swap() / seconds["swap"]
         # Then the batched plan does the same work in more steps.
@@ -167,7 +170,7 @@ class Planner:
             self._undecided += seconds["swap"]
             if self._undecided < _WORTH_TRYING and not now:
                 reason = "there was too little work so far to make the batched plan for"
-                return Choice("swap", models, rows, seconds, reason, final=False)
+                return Choice("swap", models, rows, seconds, reason)
         return self._faster(counts, seconds)
 
     def _faster(self, counts: Counts, seconds: dict[str, float]) -> Choice:
@@ -177,7 +180,6 @@ class Planner:
         except BatchedUnavailableError as error:
             return Choice("swap", models, rows, seconds, f"the batched plan is unavailable: {error}")
         seconds["batched"] = self.batched_seconds(counts)
-        # Long work finds caches in another state than a few forwards do, and fares better with the simpler plan.
         better = "batched" if seconds["batched"] < _CLEARLY * seconds["swap"] else "swap"
         times = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items())
         return Choice(better, models, rows, seconds, f"predicted from measurements here: {times}")
@@ -203,11 +205,6 @@ class Planner:
             finally:
                 bank.restore()
         return self._swap_seconds
-
-    def _seconds_of_forwards(self, rows: int) -> float:
-        full, rest = divmod(rows, self.swap.batches.size)
-        sizes = [(self.swap.batches.size, full), (self.swap.batches.padded(rest) if rest else 0, 1 if rest else 0)]
-        return sum(times * self._seconds_a_forward(size) for size, times in sizes if times)
 
     def _seconds_a_forward(self, size: int) -> float:
         if size not in self._forwards:
