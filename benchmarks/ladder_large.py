@@ -1,8 +1,7 @@
 """The ladder on the CIFAR-10 networks of 35.7 and 49.07 million parameters: a handful of rows, on two CPU threads.
 
-Dense deltas: merged, low-rank ones leave the same forwards, which are nearly all of the time here. Eight images at one
-timestep give the reference loop, which makes a forward of each timestep, batches as large as everyone's. `vmap` would
-take minutes a call.
+Dense deltas: merged, low-rank ones leave the same forwards, which are nearly all of the time here. Eight images give the
+reference loop, which makes a forward of each timestep, batches as large as everyone's. `vmap` would take minutes a call.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ RIVALS = frozenset({"compiled", "bare", "reference"})
 
 def _cases(quick: bool) -> list[Callable[[], Case]]:
     jobs = [
-        Job(name, "dense", precision, 1, queries=8, draws=1, batch=8, rivals=RIVALS)
+        Job(name, "dense", precision, 1, queries=8, draws=4, batch=8, rivals=RIVALS)
         for name in ("ddpm-cifar10", "guda-cifar10")
         for precision in ("float32", "bfloat16")
     ]

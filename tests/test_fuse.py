@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -317,6 +319,23 @@ def test_a_norm_or_an_activation_may_be_replaced() -> None:
         unet.conv_norm_out = nn.GroupNorm(4, unet.conv_norm_out.num_channels)
     plain.load_state_dict(model.state_dict())
     torch.testing.assert_close(run(model, x), run(plain, x))
+
+
+def test_a_fused_unet_knows_its_dtype_and_is_saved_under_its_own_name(tmp_path: Path) -> None:
+    model = fuse(unet())
+    assert "" in fused_blocks(model)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert model.to(dtype).dtype == dtype
+    model.save_pretrained(tmp_path)
+    assert type(UNet2DModel.from_pretrained(tmp_path)) is UNet2DModel
+    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "UNet2DModel"
+
+
+def test_a_unet_that_casts_layer_by_layer_asks_diffusers_for_its_dtype() -> None:
+    model = unet().to(torch.bfloat16)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    assert "" not in fused_blocks(fuse(model))
+    assert model.dtype == torch.bfloat16
 
 
 def test_a_parametrized_module_is_named_not_forgotten() -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
@@ -34,6 +35,18 @@ class PerRow(nn.Module):
     def biases(self) -> Tensor | None:
         """A convolution's bias for each row [(R, O)]."""
         raise NotImplementedError
+
+
+class FusedUNet2DModel(UNet2DModel):
+    """A UNet2DModel that knows its dtype, which diffusers looks for in every module at every call."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+# save_pretrained writes the name of the class.
+FusedUNet2DModel.__name__ = UNet2DModel.__name__
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -88,9 +101,12 @@ class FusedResnetBlock2D(ResnetBlock2D):
         if args or kwargs or runs_original(input_tensor) or not self._can_fuse(temb, len(input_tensor)):
             result: Tensor = super().forward(input_tensor, temb, *args, **kwargs)
             return result
-        hidden: Tensor = _convolved(self.conv1, self._resampled(_norm(self.norm1, input_tensor)))
+        # A convolution's bias costs a pass of its own on a GPU, and nothing in the norm that follows, nor on a CPU.
+        by_norm = input_tensor.is_cuda or isinstance(self.conv1, PerRow)
+        hidden = self._resampled(_norm(self.norm1, input_tensor))
+        hidden = _without_bias(self.conv1, hidden) if by_norm else self.conv1(hidden)
         shortcut = self._resampled(input_tensor)
-        hidden = _norm(self.norm2, hidden, *self._vectors(temb, len(hidden)))
+        hidden = _norm(self.norm2, hidden, *self._vectors(temb, len(hidden), by_norm))
         hidden = self.conv2(self.dropout(hidden))
         if self.conv_shortcut is not None:
             shortcut = self.conv_shortcut(shortcut)
@@ -115,9 +131,11 @@ class FusedResnetBlock2D(ResnetBlock2D):
             x = self.downsample(x)
         return x
 
-    def _vectors(self, temb: Tensor | None, rows: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def _vectors(
+        self, temb: Tensor | None, rows: int, biased: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What is added before the second norm, the first convolution's bias too, and the scale and shift after it."""
-        added = _biases(self.conv1, rows)
+        added = _biases(self.conv1, rows) if biased else None
         if temb is None:
             return added, None, None
         temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb)).expand(rows, -1)
@@ -151,8 +169,7 @@ def _norm(
     )
 
 
-def _convolved(conv: nn.Conv2d | PerRow, x: Tensor) -> Tensor:
-    """Without the bias, which costs a pass of its own on a GPU and nothing in the norm that follows."""
+def _without_bias(conv: nn.Conv2d | PerRow, x: Tensor) -> Tensor:
     if isinstance(conv, PerRow):
         return conv.without_bias(x)
     return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -168,6 +185,9 @@ def can_fuse(module: nn.Module) -> bool:
     """Whether an op expresses what a module of a type in FUSED computes."""
     if isinstance(module, Attention):
         return is_expressed(module)
+    if isinstance(module, UNet2DModel):
+        # Hooks of diffusers may compute in another dtype than that of the parameters.
+        return not any(hasattr(part, "_diffusers_hook") for part in module.modules())
     return not isinstance(module, ResnetBlock2D) or isinstance(module.nonlinearity, nn.SiLU)
 
 
@@ -176,6 +196,7 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     Attention: FusedAttention,
     ResnetBlock2D: FusedResnetBlock2D,
     Transformer2DModel: FusedTransformer2DModel,
+    UNet2DModel: FusedUNet2DModel,
     Upsample2D: FusedUpsample2D,
 }
 ORIGINALS = {fused: original for original, fused in FUSED.items()}

@@ -15,7 +15,8 @@ def fuse(model: ModelT) -> ModelT:
     Residual blocks run norm, time embedding, scale, shift and SiLU as one op, and the first convolution's bias with
     it; other group norms, as in attention, run as the op without SiLU. Attention without a mask runs its heads as the
     op `attention`, between projections that are called as before.
-    Upsample2D and Transformer2DModel no longer copy channels-last activations into channels-first.
+    Upsample2D and Transformer2DModel no longer copy channels-last activations into channels-first, and a UNet2DModel no
+    longer asks every module for its dtype at each call.
 
     Modules change their class in place and nothing else: parameters, buffers, hooks and the keys of the state dict
     stay as they are, so that a delta that is written into the parameters is seen. Left alone is what the ops cannot
