@@ -1,7 +1,8 @@
 """The ladder on the CIFAR-10 networks of 35.7 and 49.07 million parameters: a handful of rows, on two CPU threads.
 
-Dense deltas: merged, low-rank ones leave the same forwards, which are nearly all of the time here. Eight images give the
-reference loop, which makes a forward of each timestep, batches as large as everyone's. `vmap` would take minutes a call.
+Dense deltas: merged, low-rank ones leave the same forwards, which are nearly all of the time here. Eight images give
+the reference loop, which makes a forward of each timestep, batches as large as everyone's. `vmap` would take minutes a
+call.
 """
 
 from __future__ import annotations

@@ -91,13 +91,15 @@ class Op(Generic[RequestT, ResultT]):
 
     def run(self, request: RequestT, backend: str) -> ResultT:
         """Run the request on the chosen backend; results carry no gradient."""
-        chosen = self._choose(request, requested_backend(self.name, backend))
+        chosen = self.chosen(request, backend)
         if not torch.is_grad_enabled():
             return chosen.run(request)
         with torch.no_grad():
             return chosen.run(request)
 
-    def _choose(self, request: RequestT, choice: Choice) -> Backend[RequestT, ResultT]:
+    def chosen(self, request: RequestT, backend: str) -> Backend[RequestT, ResultT]:
+        """The backend that runs the request; raises BackendUnavailableError where a named one cannot."""
+        choice = requested_backend(self.name, backend)
         reasons = []
         for backend in self.table(request.device):
             if choice.name not in ("auto", backend.name):

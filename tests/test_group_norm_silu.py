@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from group_norm_silu_cases import assert_within_twice_eager, channels_last, eager, make, make_vectors
-from guda_fast import ops, reference
+from guda_fast import ops, reference, use_backend
 from guda_fast.errors import BackendUnavailableError
+from guda_fast.ops import _looks
 
 # rows, channels, groups, positions: one channel, one position, odd groups, blocks of 16 positions and channels
 # cut short, more than one chunk of positions
@@ -279,3 +280,39 @@ INVALID = [
 def test_invalid_arguments(name: str, value: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"group_norm_silu: {message}"):
         ops.group_norm_silu(**{**valid(), name: value})
+
+
+def test_a_call_that_looks_like_one_before_reads_its_own_memory() -> None:
+    x, other = (channels_last(torch.randn(2, 8, 3, 3)) for _ in range(2))
+    weight, bias = torch.randn(2, 8)
+    for _ in range(2):
+        expected = ops.group_norm_silu(x, 4, weight, bias, backend="reference")
+        torch.testing.assert_close(ops.group_norm_silu(x, 4, weight, bias), expected, rtol=1e-5, atol=1e-6)
+        x, weight = other, weight + 1
+
+
+def test_a_call_is_validated_whatever_went_well_before() -> None:
+    x, weight = channels_last(torch.randn(2, 8, 3, 3)), torch.ones(8)
+    for _ in range(2):
+        ops.group_norm_silu(x, 4, weight)
+        with pytest.raises(TypeError, match="silu must be a bool, got 1"):
+            ops.group_norm_silu(x, 4, weight, silu=1)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="weight must be float32, got float64"):
+            ops.group_norm_silu(x, 4, weight.double())
+        with pytest.raises(BackendUnavailableError, match="cuda"):
+            ops.group_norm_silu(x, 4, weight, backend="cuda")
+        with use_backend("reference"):
+            assert torch.equal(
+                ops.group_norm_silu(x, 4, weight), ops.group_norm_silu(x, 4, weight, backend="reference")
+            )
+        negated = torch._neg_view(x)
+        expected = ops.group_norm_silu(-x, 4, weight, backend="reference")
+        torch.testing.assert_close(ops.group_norm_silu(negated, 4, weight), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_too_many_looks_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_looks, "_MOST", 2)
+    remembered = _looks.Remembered[int]()
+    for number in range(3):
+        remembered.keep(number, number)
+    assert [remembered.get(number) for number in range(3)] == [None, None, 2]

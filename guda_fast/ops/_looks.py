@@ -1,0 +1,36 @@
+"""What is remembered of calls that look alike, so that small ops need not be checked and prepared again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+_MOST = 4096
+_PLAIN = (Tensor, torch.nn.Parameter)  # others may have no memory of their own
+
+
+def looks(value: object) -> Hashable:
+    """Equal for tensors that validation and the choice of a backend cannot tell apart: all but memory and contents."""
+    if type(value) in _PLAIN and value.layout is torch.strided:  # type: ignore[attr-defined]
+        tensor: Tensor = value  # type: ignore[assignment]
+        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_neg()
+    # What is neither a tensor nor None is for validation to refuse, which leaves nothing to remember.
+    return type(value)
+
+
+class Remembered(Generic[T]):
+    """What was prepared for a call, by its looks; forgets everything when there is too much."""
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, T] = {}
+        self.get = self._found.get
+
+    def keep(self, key: Hashable, prepared: T) -> None:
+        """Remember what was prepared for a call that went well."""
+        if len(self._found) >= _MOST:
+            self._found.clear()
+        self._found[key] = prepared
