@@ -45,6 +45,11 @@ class Swap:
         self.tried.append(size)
         self.clock.takes(self.overhead + size * self.a_row)
 
+    def run(self, queries: object, rows: Rows, advance: object) -> None:
+        assert rows.query.tolist() == rows.draw.tolist() == [0] * len(rows)
+        for model in rows.model.tolist():
+            self.clock.takes((self.bank.swap if model else 0) + self.overhead + self.a_row)
+
 
 class Bank:
     def __init__(self, clock: Clock, groups: int, swap: float) -> None:
@@ -53,12 +58,6 @@ class Bank:
 
     def __len__(self) -> int:
         return self.groups
-
-    def apply(self, group: int) -> None:
-        self.clock.takes(self.swap)
-
-    def restore(self) -> None:
-        pass
 
     def survey(self, group: int) -> None:
         self.clock.takes(0.5 if group not in self.surveyed else 0.0)
@@ -85,7 +84,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def planner(clock: Clock, *, swap: float = 1e-3, groups: int = 64, make: Any = None) -> Planner:
     batched = Batched(clock, overhead=4e-3, a_model=2e-3, a_row=1e-3)
     make = make or (lambda: batched)
-    return Planner(Swap(clock, groups, swap, overhead=4e-3, a_row=1e-3), make)  # type: ignore[arg-type]
+    return Planner(Swap(clock, groups, swap, overhead=4e-3, a_row=1e-3), make, lambda: None)  # type: ignore[arg-type]
 
 
 def counts(models: int, rows: int) -> np.ndarray:
@@ -188,7 +187,7 @@ def test_long_forwards_are_timed_twice_and_not_more(clock: Clock) -> None:
     own = planner(clock)
     own.swap.overhead = 1.0  # type: ignore[attr-defined]
     own.swap_seconds(counts(2, 64))
-    assert own.swap.tried == [64, 64]  # type: ignore[attr-defined]
+    assert own.swap.tried == [64, 64, 1, 1]  # type: ignore[attr-defined]
 
 
 def test_measuring_leaves_the_base(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

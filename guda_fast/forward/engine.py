@@ -79,7 +79,11 @@ class Engine:
         if plan == "auto" and precision.dtype.itemsize < 4:
             wanted = "swap"
             because = f"in {precision.name} plans round differently, and scores must not hang on a stopwatch"
-        self.planner = Planner(self.swap, make_batched, wanted, because)
+        # No method: plans that held the engine would keep its graphs alive until the next collection.
+        probe = partial(
+            NoisedQueries, torch.zeros((1, *self.shape)), [0], protocol, device=self.device, dtype=precision.dtype
+        )
+        self.planner = Planner(self.swap, make_batched, probe, wanted, because)
 
     @property
     def choices(self) -> tuple[Choice, ...]:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from guda_fast.errors import BatchedUnavailableError
 from guda_fast.forward.batched_plan import BatchedPlan
 from guda_fast.forward.batches import Advance, is_out_of_memory
 from guda_fast.forward.noised import NoisedQueries
-from guda_fast.forward.rows import Rows
+from guda_fast.forward.rows import BASE, Rows
 from guda_fast.forward.swap import SwapPlan
 
 PLANS = ("auto", "swap", "batched")
@@ -32,6 +33,7 @@ _FORWARDS = 32
 _WORTH_TRYING = 2.0
 # Long work finds caches in another state than a few forwards do: only a gain of more than this is believed.
 _CLEARLY = 0.95
+_MODELS = 4  # are written when the time of writing one is measured
 _LONG = 0.2  # s; what takes longer is not timed again
 
 
@@ -66,21 +68,22 @@ class Planner:
     needed, and kept until the size of a batch changes.
 
     swap: the plan that always runs. make_batched: makes the other one, which takes the time of reading every
-    delta, or raises BatchedUnavailableError with the reason. wanted: "auto", or the plan that must run, and because of
-    what.
+    delta, or raises BatchedUnavailableError with the reason. probe: gives a query like those of the run, for measuring.
+    wanted: "auto", or the plan that must run, and because of what.
     """
 
     def __init__(
         self,
         swap: SwapPlan,
         make_batched: Callable[[], BatchedPlan],
+        probe: Callable[[], NoisedQueries],
         wanted: str = "auto",
         because: str = "it was asked for",
     ) -> None:
         self.swap = swap
         self.wanted, self.because = wanted, because
         self.choices: dict[tuple[int, int], Choice] = {}
-        self._make_batched = make_batched
+        self._make_batched, self._probe = make_batched, probe
         self._batched: BatchedPlan | BatchedUnavailableError | None = None
         self._asked_forwards = 0
         self._undecided = 0.0
@@ -195,15 +198,18 @@ class Planner:
         self._batched_forwards: dict[tuple[int, int], float] = {}
 
     def _seconds_a_swap(self) -> float:
+        """Writing a model, and whatever else a run does for each, beside its forwards."""
         if self._swap_seconds is None:
-            bank = self.swap.bank
-            groups = range(min(3, len(bank)))
-            for group in groups:
-                bank.survey(group)  # which the first use of a group would do otherwise
-            try:
-                self._swap_seconds = statistics.median(self._seconds(lambda k=k: bank.apply(k)) for k in groups)  # type: ignore[misc]
-            finally:
-                bank.restore()
+            models = min(_MODELS, len(self.swap.bank))
+            for group in range(models):
+                self.swap.bank.survey(group)  # which the first use of a group would do otherwise
+            queries = self._probe()
+            base, several = (
+                self._repeated(partial(self.swap.run, queries, Rows.product(1, chosen, 1), _nothing))
+                for chosen in ([BASE], list(range(models + 1)))
+            )
+            each = (several - base) / models - self._seconds_a_forward(self.swap.batches.padded(1))
+            self._swap_seconds = max(0.0, each)
         return self._swap_seconds
 
     def _seconds_a_forward(self, size: int) -> float:
@@ -232,6 +238,10 @@ class Planner:
         if on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter() - begin
+
+
+def _nothing(_: int) -> None:
+    return None
 
 
 def row_counts(rows: Rows) -> Counts:
