@@ -190,17 +190,23 @@ def test_long_forwards_are_timed_twice_and_not_more(clock: Clock) -> None:
     assert own.swap.tried == [64, 64, 1, 1]  # type: ignore[attr-defined]
 
 
-def test_measuring_leaves_the_base(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, restored = planner(clock), list[int]()
-    monkeypatch.setattr(own.swap.bank, "restore", lambda: restored.append(1))
+def test_measuring_leaves_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_unet()
+    bank = gf.DeltaBank.load(base, {name: perturbed(base, seed) for seed, name in enumerate("ab", 1)})
+    engine = Engine(bank, gf.Protocol.from_scheduler(DDPMScheduler(), stride=500), (1, 8, 8), batch_size=8)
+    forward, calls = engine.swap.forward.__class__.__call__, list[str | None]()
 
-    def interrupted(group: int) -> None:
-        raise KeyboardInterrupt
+    def interrupted(self: object, *args: Any) -> Any:
+        calls.append(bank.applied_group)
+        if bank.applied_group == "b":
+            raise KeyboardInterrupt
+        return forward(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(own.swap.bank, "apply", interrupted)
+    monkeypatch.setattr(engine.swap.forward.__class__, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        own.choose(counts(16, 4), now=True)
-    assert restored == [1]
+        engine.choose(2, 4)
+    assert {None, "a", "b"} <= set(calls)
+    assert bank.applied_group is None
 
 
 @pytest.mark.parametrize("plan", ["auto", "swap", "batched"])
