@@ -21,10 +21,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(INSTALLED)
 	$(BIN)/guda-fast demo
 
+# One process a core with one thread each: small tensors gain nothing from more.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not slow" --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow" --durations=10
 	$(BIN)/python -m pytest -q --doctest-modules --pyargs guda_fast
-	$(BIN)/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m slow
 
 # mypy reads a wheel's files: through the editable install it finds each module twice.
 lint: $(INSTALLED)
