@@ -120,7 +120,7 @@ def _open_safetensors(path: Path) -> Weights:
             foreign = about["dtype"] not in _SAFETENSORS_DTYPES
             problem = f"must be floating or integer values of 8 bits or more, found {about['dtype']}" if foreign else ""
             entries[key] = Entry(str(path), read, problem, shape, dtype)
-    return Weights(str(path), entries, files=(path,))
+    return Weights(str(path), entries, files=(path,), metadata=header.get("__metadata__") or {})
 
 
 def _open_pickle(path: Path, *, zipped: bool) -> Weights:
