@@ -46,7 +46,9 @@ def has_factors(keys: Mapping[str, object]) -> bool:
     return any(key.endswith(suffixes) or _other_kind(key) for key in keys)
 
 
-def low_rank(weights: Weights, names: Mapping[str, tuple[int, ...]], settings: Settings | None, scale: float) -> Weights:
+def low_rank(
+    weights: Weights, names: Mapping[str, tuple[int, ...]], settings: Settings | None, scale: float
+) -> Weights:
     """The differences that an adapter makes, by the base's names; parameters that it holds whole become entries.
 
     delta = scale s B A, where s is what ``settings`` says, or, without, alpha / r with the file's own alpha of the
@@ -101,7 +103,9 @@ def _module(modules: Modules, module: str, origin: str, key: str) -> str:
         shown = module.removeprefix(KOHYA_PREFIX)
         raise CheckpointError(f"{origin}: key {key!r} is not in the base: it has no module {shown!r} with a weight")
     if len(found) > 1:
-        raise CheckpointError(f"{origin}: key {key!r} must belong to one module, found {' and '.join(found)} in the base")
+        raise CheckpointError(
+            f"{origin}: key {key!r} must belong to one module, found {' and '.join(found)} in the base"
+        )
     return found[0]
 
 
