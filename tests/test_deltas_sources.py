@@ -97,7 +97,7 @@ def test_arguments_are_checked() -> None:
             ValueError,
             "Source: weights must be one of 'raw', 'ema', got 'average'",
         ),
-        (lambda: Source("x", scale="1"), TypeError, "Source: scale must be a real number, got 1"),
+        (lambda: Source("x", scale="1"), TypeError, "Source: scale must be a real number, got '1'"),
         (
             lambda: Source("x", scale=float("inf")),
             ValueError,

@@ -140,6 +140,10 @@ def _recognised(weights: Weights, how: Source, base: Base) -> tuple[Weights, For
     if found == "ema":
         return ema.converted(weights, base.parameters), found
     if found == "lora":
+        if not lora.is_lora(weights):
+            raise CheckpointError(
+                f"{weights.origin}: must be of format 'lora', found no factors, but {next(iter(weights.entries))!r}"
+            )
         return lora.converted(weights, _shapes(base), how.scale), found
     if found == "compvis":
         average = how.weights == "ema"

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,8 +50,8 @@ def open_file(path: Path) -> Weights:
     try:
         with path.open("rb") as file:
             start = file.read(len(_LFS_POINTER))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # a ValueError for a name with a null character
+        raise CheckpointError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not start:
         raise CheckpointError(f"{path}: the file is empty")
     if start == _LFS_POINTER:
@@ -159,9 +160,29 @@ def _open_safetensors(path: Path) -> Weights:
 
 
 def _open_pickle(path: Path, *, zipped: bool) -> Weights:
+    if zipped:
+        _check_archive(path)
     # Given a path that ends so, torch expects safetensors; a file object it takes as it is, but cannot map.
     mapped = zipped and path.suffix != ".safetensors"
     return replace(from_mapping(_load_pickle(path, mapped=mapped), str(path)), files=(path,))
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse what torch.save never writes and torch.load would unpack: a few bytes may hold many gigabytes."""
+    try:
+        with ZipFile(path) as archive:
+            members = archive.infolist()
+    # A damaged directory can raise anything that its fields lead to, and every case means the same to the user.
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: damaged or truncated torch checkpoint ({type(error).__name__}: {error})"
+        ) from error
+    for member in members:
+        if member.compress_type != ZIP_STORED:
+            raise CheckpointError(
+                f"{path}: {member.filename!r} must be stored as torch.save does, found it compressed to "
+                f"{member.compress_size} of {member.file_size} bytes"
+            )
 
 
 def _load_pickle(path: Path, *, mapped: bool) -> object:
