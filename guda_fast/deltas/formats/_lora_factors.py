@@ -46,7 +46,9 @@ def has_factors(keys: Mapping[str, object]) -> bool:
     return any(key.endswith(suffixes) or _other_kind(key) for key in keys)
 
 
-def low_rank(weights: Weights, names: Mapping[str, tuple[int, ...]], settings: Settings | None, scale: float) -> Weights:
+def low_rank(
+    weights: Weights, names: Mapping[str, tuple[int, ...]], settings: Settings | None, scale: float
+) -> Weights:
     """The differences that an adapter makes, by the base's names; parameters that it holds whole become entries.
 
     delta = scale s B A, where s is what ``settings`` says, or, without, alpha / r with the file's own alpha of the
@@ -58,8 +60,11 @@ def low_rank(weights: Weights, names: Mapping[str, tuple[int, ...]], settings: S
     modules = Modules(names)
     found: dict[str, _Factored] = {}
     entries: dict[str, Entry] = {}
-    for key, shorter in without_wrappers(weights.entries.keys(), names).items():
+    shorter_keys = without_wrappers(weights.entries.keys(), names)
+    # All of them first, because what a file is says more than that one of its keys is unknown.
+    for key, shorter in shorter_keys.items():
         _check_kind(key, shorter, weights.origin)
+    for key, shorter in shorter_keys.items():
         entry = weights.entries[key]
         suffix = next((suffix for suffix in _SUFFIXES if shorter.endswith(suffix)), "")
         if suffix:
@@ -91,7 +96,8 @@ def _check_kind(key: str, shorter: str, origin: str) -> None:
         raise CheckpointError(f"{origin}: key {key!r} must belong to a LoRA of two factors, found {kind}")
     if key.startswith(_TEXT_ENCODERS) or shorter.startswith(_TEXT_ENCODERS):
         raise CheckpointError(
-            f"{origin}: key {key!r} must belong to the denoiser, found a text encoder's, whose changes are not scored"
+            f"{origin}: key {key!r} must belong to the denoiser, found a text encoder's; without such keys the "
+            "LoRA is scored with the prompts as the base's text encoder embeds them"
         )
 
 
@@ -101,7 +107,9 @@ def _module(modules: Modules, module: str, origin: str, key: str) -> str:
         shown = module.removeprefix(KOHYA_PREFIX)
         raise CheckpointError(f"{origin}: key {key!r} is not in the base: it has no module {shown!r} with a weight")
     if len(found) > 1:
-        raise CheckpointError(f"{origin}: key {key!r} must belong to one module, found {' and '.join(found)} in the base")
+        raise CheckpointError(
+            f"{origin}: key {key!r} must belong to one module, found {' and '.join(found)} in the base"
+        )
     return found[0]
 
 
