@@ -65,6 +65,7 @@ class Weights:
     factors: low-rank differences by the base's parameter names; no name is in ``entries`` too
     complete: whether what is in neither is missing; where not, it equals the base
     metadata: the text that a safetensors header holds beside the tensors
+    advice: what else the file may be, for the error that says that keys are missing
     """
 
     origin: str
@@ -75,6 +76,7 @@ class Weights:
     factors: Mapping[str, Factors] = field(default_factory=dict)
     complete: bool = True
     metadata: Mapping[str, str] = field(default_factory=dict)
+    advice: str = ""
 
     def named_like(self, expected: Collection[str]) -> Weights:
         """The same tensors without the wrapper prefixes (``module.``, ``unet.``, ...) that ``expected`` lacks."""

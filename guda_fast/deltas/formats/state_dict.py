@@ -6,10 +6,11 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,9 @@ from safetensors import SafetensorError, safe_open
 from guda_fast.deltas.weights import CONTAINERS, Entry, Weights, entry_of
 from guda_fast.errors import CheckpointError
 
+SHADOWS = "shadow_params."
+"""How the tensors of an ``EMAModel`` are called here; the file has a list of them."""
+_TEXT_ENCODERS = ("text_encoder", "text_model.", "lora_te", "cond_stage_model.", "conditioner.", "modifier_token")
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
 _LFS_POINTER = b"version https://git-lfs"
@@ -59,11 +63,19 @@ def open_file(path: Path) -> Weights:
 
 
 def from_mapping(loaded: object, origin: str) -> Weights:
-    """The state dict in ``loaded``: under one of the usual keys, or the mapping itself."""
-    if isinstance(loaded, Mapping):
-        state = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), Mapping)), loaded)
+    """The state dict in ``loaded``: under one of the usual keys, or the mapping itself.
+
+    The list of an ``EMAModel`` becomes ``shadow_params.0`` and so on.
+    """
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{origin}: must hold a state dict, found {type(loaded).__name__}{_inside(loaded)}")
+    shadows = loaded.get(SHADOWS[:-1])
+    if isinstance(shadows, list | tuple):
+        state: Mapping[Any, Any] = {f"{SHADOWS}{position}": value for position, value in enumerate(shadows)}
     else:
-        raise CheckpointError(f"{origin}: must hold a state dict, found {type(loaded).__name__}")
+        state = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), Mapping)), loaded)
+    if state is not loaded:
+        _refuse_text_encoders([key for key, value in loaded.items() if isinstance(value, Mapping) and value], origin)
     for key in state:
         if not isinstance(key, str):
             raise CheckpointError(f"{origin}: keys must be strings, found {key!r}")
@@ -73,6 +85,29 @@ def from_mapping(loaded: object, origin: str) -> Weights:
             f"{origin}: must hold tensors by name, at the top or under one of {', '.join(CONTAINERS)}; found {found}"
         )
     return Weights(origin, {key: entry_of(value, origin) for key, value in state.items()})
+
+
+def refuse_text_encoders(weights: Weights, known: Collection[str]) -> None:
+    """Raise CheckpointError where a key is a text encoder's, unless it is one of the base's (``known``)."""
+    _refuse_text_encoders([name for name in weights.entries if name not in known], weights.origin)
+
+
+def _refuse_text_encoders(keys: Iterable[object], origin: str) -> None:
+    for key in keys:
+        if isinstance(key, str) and key.startswith(_TEXT_ENCODERS):
+            raise CheckpointError(
+                f"{origin}: key {key!r} belongs to a text encoder, which the base does not hold; its changes would "
+                "have to reach the prompt embeddings of this group, so pass the denoiser's tensors alone only if it "
+                "stays as it was"
+            )
+
+
+def _inside(loaded: object) -> str:
+    """Where in a list the state dict is, for a message."""
+    if not isinstance(loaded, list | tuple):
+        return ""
+    at = [str(position) for position, value in enumerate(loaded) if isinstance(value, Mapping)]
+    return f" with mappings at {', '.join(at)}: pass the mapping, or a callable that gives it" if at else ""
 
 
 class _OpenFile:
