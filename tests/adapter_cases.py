@@ -12,10 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from guda_fast.deltas import DeltaBank
-from guda_fast.deltas.delta import Delta, LowRank
-from guda_fast.deltas.diff import differences, fitting
-from guda_fast.deltas.resident import base_tensors
-from guda_fast.deltas.weights import Weights, named_tensors
+from guda_fast.deltas.delta import LowRank
+from guda_fast.deltas.weights import named_tensors
 from guda_fast.forward._routing import RowModels
 from guda_fast.forward.batched import BatchedModel
 
@@ -60,13 +58,6 @@ def randomised(model: nn.Module, seed: int = 0, only: str = "") -> nn.Module:
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The names that a reader of adapters takes."""
     return {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
-
-
-def bank_of(base: nn.Module, weights: Weights) -> DeltaBank:
-    """The bank of one group ``g`` with what an adapter's reader gave."""
-    tensors, values = base_tensors(base), named_tensors(base)
-    parts = dict(differences(tensors, fitting(tensors, weights), lambda name: values[name].detach()))
-    return DeltaBank.load(base, {"g": Delta(parts, weights.origin)})
 
 
 def merged(injected: nn.Module) -> nn.Module:

@@ -22,7 +22,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from adapter_cases import bank_of, check_forwards, check_weights, conditional, randomised, shapes
+from adapter_cases import check_forwards, check_weights, conditional, randomised, shapes
+from guda_fast.deltas import DeltaBank, Source
 from guda_fast.deltas.formats.lora import converted, is_lora
 from guda_fast.deltas.formats.state_dict import from_mapping, open_file
 from guda_fast.deltas.weights import Weights
@@ -91,7 +92,7 @@ def test_adapters_that_diffusers_saved(tmp_path: Path) -> None:
     theirs: Any = conditional()
     theirs.load_lora_adapter(tmp_path, prefix=None, adapter_name="default", use_safetensors=True)
     base = conditional()
-    bank = bank_of(base, read(tmp_path / "pytorch_lora_weights.safetensors", base))
+    bank = DeltaBank.load(base, {"g": tmp_path / "pytorch_lora_weights.safetensors"})
     check_weights(base, bank, theirs)
     check_forwards(base, bank, theirs)
 
@@ -114,9 +115,9 @@ def test_files_of_pipelines(
     StableDiffusionPipeline.save_lora_weights(tmp_path, change(factors_of(net)), unet_lora_adapter_metadata=config)
     base = conditional()
     path = tmp_path / "pytorch_lora_weights.safetensors"
-    weights = read(path, base, scale)
-    assert weights.origin == (str(path) if scale == 1 else f"{path} (scale {scale:g})")
-    check_weights(base, bank_of(base, weights), loaded(path, scale=scale))
+    bank = DeltaBank.load(base, {"g": Source(path, scale=scale)})
+    assert bank.deltas[0].origin == (str(path) if scale == 1 else f"{path} (scale {scale:g})")
+    check_weights(base, bank, loaded(path, scale=scale))
 
 
 def test_files_of_transformers(tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_files_of_transformers(tmp_path: Path) -> None:
         theirs: Any = make()
         theirs.load_lora_adapter(path, prefix="transformer")
         base = make()
-    check_weights(base, bank_of(base, read(path, base)), theirs)
+    check_weights(base, DeltaBank.load(base, {"g": path}), theirs)
 
 
 def test_files_before_peft(tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_files_before_peft(tmp_path: Path) -> None:
     base = conditional()
     torch.save(state, tmp_path / "pytorch_lora_weights.bin")
     for source in (tmp_path / "pytorch_lora_weights.bin", state, {f"unet.{k}": v for k, v in state.items()}):
-        check_weights(base, bank_of(base, read(source, base)), theirs)
+        check_weights(base, DeltaBank.load(base, {"g": source}), theirs)
 
 
 def test_files_of_kohya(tmp_path: Path) -> None:
@@ -154,7 +155,7 @@ def test_files_of_kohya(tmp_path: Path) -> None:
     path = tmp_path / "style.safetensors"
     safetensors.torch.save_file(state, path, metadata={"ss_network_dim": "4", "ss_network_alpha": "3"})
     base, theirs = conditional(), loaded(path)
-    bank = bank_of(base, read(path, base))
+    bank = DeltaBank.load(base, {"g": path})
     check_weights(base, bank, theirs)
     check_forwards(base, bank, theirs)
 
@@ -230,9 +231,9 @@ def test_files_of_kohya_for_sdxl() -> None:
     theirs: Any = like_sdxl()
     found, alphas = StableDiffusionXLPipeline.lora_state_dict(dict(state), unet_config=theirs.config)
     StableDiffusionXLPipeline.load_lora_into_unet(found, alphas, theirs)
-    weights = read(state, base)
-    assert weights.factors.keys() == {f"{module}.weight" for module in ORIGINAL.values()}
-    check_weights(base, bank_of(base, weights), theirs.eval())
+    bank = DeltaBank.load(base, {"g": state})
+    assert bank.survey("g").support == {f"{module}.weight": "low-rank" for module in ORIGINAL.values()}
+    check_weights(base, bank, theirs.eval())
 
 
 TO_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -278,7 +279,8 @@ def test_text_encoders_are_refused_by_name(plain: State, key: str) -> None:
     for state in (alone, {**plain, **alone}):
         if key.startswith("base_model") and state is not alone:
             continue
-        with pytest.raises(CheckpointError, match=f"^g: key '{key}' must belong to the denoiser, found a text encoder"):
+        shown = key.removeprefix("base_model.model.")
+        with pytest.raises(CheckpointError, match=f"^g: key '{shown}' belongs to a text encoder"):
             converted(from_mapping(state, "g"), shapes(conditional()))
 
 

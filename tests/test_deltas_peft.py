@@ -20,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 from adapter_cases import (
     CLASSES,
     EPSILON,
-    bank_of,
     check_forwards,
     check_weights,
     conditional,
@@ -29,6 +28,7 @@ from adapter_cases import (
     shapes,
     unet,
 )
+from guda_fast.deltas import DeltaBank
 from guda_fast.deltas.formats.peft import is_adapter, open_adapter
 from guda_fast.errors import CheckpointError
 
@@ -101,10 +101,7 @@ def test_peft_adapters_compute_what_peft_computes(tmp_path: Path, case: str) -> 
         injected.save_pretrained(tmp_path)
     assert is_adapter(tmp_path)
     base = make()
-    weights = open_adapter(tmp_path, shapes(base))
-    assert weights.origin == str(tmp_path / "adapter_model.safetensors")
-    assert {path.name for path in weights.files} == {"adapter_model.safetensors", "adapter_config.json"}
-    bank = bank_of(base, weights)
+    bank = DeltaBank.load(base, {"g": tmp_path})
     check_weights(base, bank, injected.get_base_model())
     check_forwards(base, bank, injected.get_base_model())
 
@@ -148,7 +145,7 @@ def test_pissa_as_peft_converts_it(tmp_path: Path) -> None:
     injected.save_pretrained(first)
     randomised(injected, seed=3, only="lora_")
     injected.save_pretrained(trained, path_initial_model_for_weight_conversion=str(first))
-    bank = bank_of(base, open_adapter(trained, shapes(base)))
+    bank = DeltaBank.load(base, {"g": trained})
     theirs = merged(injected.get_base_model())
     for name, part in bank.deltas[0].parts.items():
         weight = base.get_parameter(name).detach()
@@ -185,7 +182,7 @@ def test_weights_of_inputs_by_outputs(tmp_path: Path) -> None:
     injected.get_base_model().wide.base_layer.weight.data.copy_(base.wide.weight)
     injected.get_base_model().square.base_layer.weight.data.copy_(base.square.weight)
     randomised(injected, seed=3, only="lora_").save_pretrained(tmp_path)
-    bank = bank_of(base, open_adapter(tmp_path, shapes(base)))
+    bank = DeltaBank.load(base, {"g": tmp_path})
     check_weights(base, bank, injected.get_base_model())
 
 
@@ -198,7 +195,7 @@ def test_files_in_half_precision(tmp_path: Path, safe: bool) -> None:
             parameter.data = parameter.data.half()
     injected.save_pretrained(tmp_path, safe_serialization=safe)
     base = unet()
-    bank = bank_of(base, open_adapter(tmp_path, shapes(base)))
+    bank = DeltaBank.load(base, {"g": tmp_path})
     check_weights(base, bank, injected.get_base_model())
 
 
@@ -267,13 +264,14 @@ def test_biases_given_and_changed(tmp_path: Path) -> None:
     saved(tmp_path, GOOD, state)
     base = unet()
     with pytest.raises(CheckpointError, match="conv_in.lora_B.bias' must be all that is given for 'conv_in.bias'"):
-        bank_of(base, open_adapter(tmp_path, shapes(base)))
+        DeltaBank.load(base, {"g": tmp_path})
 
 
 def test_factors_are_read_when_asked_for(tmp_path: Path) -> None:
     saved(tmp_path, GOOD)
     weights = open_adapter(tmp_path, shapes(unet()), scale=-2.0)
     assert weights.origin == f"{tmp_path}/adapter_model.safetensors (scale -2)"
+    assert {path.name for path in weights.files} == {"adapter_model.safetensors", "adapter_config.json"}
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-4])  # the file's tail is gone, which only a reader of values can notice
     part = weights.factors[f"{TO_Q}.weight"]
