@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from adapter_cases import (
     CLASSES,
     EPSILON,
+    check_batched,
     check_forwards,
     check_weights,
     conditional,
@@ -28,9 +30,10 @@ from adapter_cases import (
     shapes,
     unet,
 )
-from guda_fast.deltas import DeltaBank
+from guda_fast.deltas import DeltaBank, Source
 from guda_fast.deltas.formats.peft import is_adapter, open_adapter
 from guda_fast.errors import CheckpointError
+from guda_fast.forward._batched_layers import StackedLayer
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CONVOLUTIONS = ["conv1", "conv_in", "conv_shortcut", "downsamplers.0.conv"]
@@ -104,6 +107,39 @@ def test_peft_adapters_compute_what_peft_computes(tmp_path: Path, case: str) -> 
     bank = DeltaBank.load(base, {"g": tmp_path})
     check_weights(base, bank, injected.get_base_model())
     check_forwards(base, bank, injected.get_base_model())
+
+
+def test_rows_of_low_rank_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the delta ops, as on a GPU, where factors are not merged."""
+    takes = StackedLayer.takes
+    monkeypatch.setattr(StackedLayer, "takes", lambda module, forms, _: takes(module, forms, torch.device("cuda")))
+    make, config = CONFIGS["patterns"]
+    injected = adapter(make(), config)
+    injected.save_pretrained(tmp_path)
+    base = make()
+    check_batched(base, DeltaBank.load(base, {"g": tmp_path}), injected.get_base_model())
+
+
+def test_the_scale_is_that_of_peft(tmp_path: Path) -> None:
+    make, config = CONFIGS["rslora"]
+    injected = adapter(make(), config)
+    injected.save_pretrained(tmp_path)
+    for module in injected.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_scale("default", -0.3)
+    base = make()
+    bank = DeltaBank.load(base, {"g": Source(tmp_path, scale=-0.3)})
+    assert bank.deltas[0].origin.endswith("adapter_model.safetensors (scale -0.3)")
+    check_weights(base, bank, injected.get_base_model())
+
+
+def test_transposition_that_linear_layers_do_not_have(tmp_path: Path) -> None:
+    config = {"r": 4, "lora_alpha": 3, "target_modules": ["to_q"], "fan_in_fan_out": True}
+    with pytest.warns(UserWarning, match="Setting fan_in_fan_out to False"):
+        injected = adapter(unet(), config)
+    injected.save_pretrained(tmp_path)
+    base = unet()
+    check_weights(base, DeltaBank.load(base, {"g": tmp_path}), injected.get_base_model())
 
 
 def saved(folder: Path, config: dict[str, Any], state: dict[str, Tensor] | None = None) -> None:
@@ -213,8 +249,9 @@ def test_files_in_half_precision(tmp_path: Path, safe: bool) -> None:
             {"alpha_pattern": {"to_(q": 2}},
             r"key 'alpha_pattern' must have regular expressions, found 'to_\(q': missing",
         ),
-        ({"alpha_pattern": {"(a+)+b": 2}}, "key 'alpha_pattern' must have patterns with two repetitions at most"),
-        ({"alpha_pattern": {".*.*.*b": 2}}, "key 'alpha_pattern' must have patterns with two repetitions at most"),
+        ({"alpha_pattern": {"(a+)+b": 2}}, "key 'alpha_pattern' must have patterns with three repetitions at most"),
+        ({"lora_alpha": 10**400}, "key 'lora_alpha' must be a finite number, found 1000"),
+        ({"alpha_pattern": {".*.*.*.*b": 2}}, "key 'alpha_pattern' must have patterns with three repetitions at most"),
         ({"layer_replication": [[0, 4], [2, 5]]}, r"key 'layer_replication' must be absent or off, .* \[\[0, 4\], "),
         ({"use_qalora": True}, "key 'use_qalora' must be absent or off, because this variant of LoRA is not supp"),
         ({"use_something_new": 1}, "key 'use_something_new' must be absent or off"),

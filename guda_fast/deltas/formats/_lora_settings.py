@@ -20,6 +20,7 @@ _KNOWN = {
 }  # fmt: skip
 # The other initialisations also change the base, so that the factors are no difference from the base given here.
 _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+_LARGEST = 1e30  # of a number in a configuration, far below what float32 can hold
 _Patterns = tuple[tuple[re.Pattern[str], float], ...]
 
 
@@ -101,9 +102,9 @@ def _patterns(found: object, key: str, origin: str, *, whole: bool = False) -> _
 
 def _pattern(text: str, key: str, origin: str) -> re.Pattern[str]:
     """The expression that PEFT makes of a pattern, if matching it cannot take for ever."""
-    if len(re.findall(r"[*+{]", text)) > 2 or re.search(r"\)[*+{]", text):
+    if len(re.findall(r"[*+?{]", text)) > 3 or re.search(r"\)[*+{]", text):
         raise CheckpointError(
-            f"{origin}: key {key!r} must have patterns with two repetitions at most, and none of a group, "
+            f"{origin}: key {key!r} must have patterns with three repetitions at most, and none of a group, "
             f"found {_shown(text)}"
         )
     try:
@@ -115,7 +116,7 @@ def _pattern(text: str, key: str, origin: str) -> re.Pattern[str]:
 
 
 def _number(value: object, key: str, origin: str, *, whole: bool = False) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST:
         if not whole:
             return float(value)
         if value >= 1 and value == int(value):
