@@ -14,6 +14,7 @@ from guda_fast.deltas.delta import Dense, LowRank, cast
 from guda_fast.deltas.diff import FLOATING, KeyProblem, check_finite, wide
 from guda_fast.deltas.formats._lora_modules import KOHYA_PREFIX, Modules, without_wrappers
 from guda_fast.deltas.formats._lora_settings import Settings
+from guda_fast.deltas.formats.state_dict import refuse_text_encoders
 from guda_fast.deltas.weights import Entry, Factors, Weights
 from guda_fast.errors import CheckpointError
 
@@ -37,7 +38,6 @@ _OTHER_KINDS = {
     ".oft_": "OFT",
     ".lora_mid.": "a LoRA with a third factor",
 }
-_TEXT_ENCODERS = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.", "text_model.")
 
 
 def has_factors(keys: Mapping[str, object]) -> bool:
@@ -60,8 +60,13 @@ def low_rank(
     modules = Modules(names)
     found: dict[str, _Factored] = {}
     entries: dict[str, Entry] = {}
-    for key, shorter in without_wrappers(weights.entries.keys(), names).items():
-        _check_kind(key, shorter, weights.origin)
+    shorter_keys = without_wrappers(weights.entries.keys(), names)
+    # All of them first, because what a file is says more than that one of its keys is unknown.
+    _check_kind(weights)
+    refuse_text_encoders(
+        replace(weights, entries={shorter_keys[key]: entry for key, entry in weights.entries.items()}), names
+    )
+    for key, shorter in shorter_keys.items():
         entry = weights.entries[key]
         suffix = next((suffix for suffix in _SUFFIXES if shorter.endswith(suffix)), "")
         if suffix:
@@ -88,13 +93,10 @@ def _other_kind(key: str) -> str:
     return next((kind for mark, kind in _OTHER_KINDS.items() if mark in key), "")
 
 
-def _check_kind(key: str, shorter: str, origin: str) -> None:
-    if kind := _other_kind(key):
-        raise CheckpointError(f"{origin}: key {key!r} must belong to a LoRA of two factors, found {kind}")
-    if key.startswith(_TEXT_ENCODERS) or shorter.startswith(_TEXT_ENCODERS):
-        raise CheckpointError(
-            f"{origin}: key {key!r} must belong to the denoiser, found a text encoder's, whose changes are not scored"
-        )
+def _check_kind(weights: Weights) -> None:
+    for key, entry in weights.entries.items():
+        if kind := _other_kind(key):
+            raise _refused(entry, key, f"must belong to a LoRA of two factors, found {kind}")
 
 
 def _module(modules: Modules, module: str, origin: str, key: str) -> str:

@@ -10,17 +10,17 @@ from typing import Any
 
 from guda_fast.errors import CheckpointError
 
-# Fields of peft.LoraConfig that say how an adapter was made, or which modules it has, which its keys say too.
-_WITHOUT_EFFECT = frozenset(
-    "auto_mapping base_model_name_or_path bias corda_config eva_config exclude_modules inference_mode layers_pattern "
-    "layers_to_transform loftq_config lora_bias lora_dropout lora_ga_config megatron_core modules_to_save peft_version "
-    "qalora_group_size revision runtime_config target_modules task_type".split()
-)
-_READ = frozenset(
-    "peft_type r lora_alpha rank_pattern alpha_pattern use_rslora fan_in_fan_out init_lora_weights".split()
-)
+# Fields of peft.LoraConfig that are read here, and those that say how an adapter was made, or which modules it has.
+_KNOWN = {
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "use_dora",
+    "init_lora_weights", "bias", "lora_bias", "lora_dropout", "modules_to_save", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "auto_mapping", "base_model_name_or_path", "task_type", "inference_mode",
+    "revision", "peft_version", "runtime_config", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config",
+}  # fmt: skip
 # The other initialisations also change the base, so that the factors are no difference from the base given here.
 _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+_LARGEST = 1e30  # of a number in a configuration, far below what float32 can hold
 _Patterns = tuple[tuple[re.Pattern[str], float], ...]
 
 
@@ -73,7 +73,7 @@ def read_settings(config: Mapping[str, Any], origin: str) -> Settings:
             "save_pretrained(..., path_initial_model_for_weight_conversion=...) writes a plain LoRA"
         )
     for key, value in config.items():
-        if value and key not in _WITHOUT_EFFECT | _READ | {"use_dora"}:
+        if value and key not in _KNOWN:
             raise CheckpointError(
                 f"{origin}: key {key!r} must be absent or off, because this variant of LoRA is not supported, "
                 f"found {_shown(value)}"
@@ -102,9 +102,9 @@ def _patterns(found: object, key: str, origin: str, *, whole: bool = False) -> _
 
 def _pattern(text: str, key: str, origin: str) -> re.Pattern[str]:
     """The expression that PEFT makes of a pattern, if matching it cannot take for ever."""
-    if len(re.findall(r"[*+{]", text)) > 2 or re.search(r"\)[*+{]", text):
+    if len(re.findall(r"[*+?{]", text)) > 3 or re.search(r"\)[*+{]", text):
         raise CheckpointError(
-            f"{origin}: key {key!r} must have patterns with two repetitions at most, and none of a group, "
+            f"{origin}: key {key!r} must have patterns with three repetitions at most, and none of a group, "
             f"found {_shown(text)}"
         )
     try:
@@ -116,7 +116,7 @@ def _pattern(text: str, key: str, origin: str) -> re.Pattern[str]:
 
 
 def _number(value: object, key: str, origin: str, *, whole: bool = False) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST:
         if not whole:
             return float(value)
         if value >= 1 and value == int(value):
