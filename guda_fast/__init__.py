@@ -10,7 +10,7 @@ from guda_fast._backends import explain, use_backend
 from guda_fast._version import __version__
 from guda_fast.attribution import attribute
 from guda_fast.build_config import build_config
-from guda_fast.deltas import DeltaBank
+from guda_fast.deltas import DeltaBank, Source
 from guda_fast.diffusion import Protocol, Schedule
 from guda_fast.errors import (
     BackendUnavailableError,
@@ -35,6 +35,7 @@ __all__ = [
     "PrecisionError",
     "Protocol",
     "Schedule",
+    "Source",
     "__version__",
     "add_noise",
     "attribute",

@@ -2,6 +2,7 @@
 
 from guda_fast.deltas.bank import DeltaBank
 from guda_fast.deltas.delta import Delta, Dense, LowRank, Part
+from guda_fast.deltas.sources import Source
 from guda_fast.deltas.survey import Survey
 
-__all__ = ["Delta", "DeltaBank", "Dense", "LowRank", "Part", "Survey"]
+__all__ = ["Delta", "DeltaBank", "Dense", "LowRank", "Part", "Source", "Survey"]

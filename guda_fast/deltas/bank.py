@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import torch
@@ -16,14 +15,12 @@ import torch
 from guda_fast._validate import check_choice, check_int, describe
 from guda_fast.deltas.base import Base, open_base
 from guda_fast.deltas.delta import HASH_BYTES, Delta, Part
-from guda_fast.deltas.diff import FLOATING, BaseTensor, differences, fitted, fitting
-from guda_fast.deltas.formats.diffusers import check_config
-from guda_fast.deltas.groups import FileGroup, Group, HeldGroup
+from guda_fast.deltas.diff import FLOATING
+from guda_fast.deltas.groups import Group, HeldGroup, open_group
 from guda_fast.deltas.resident import ResidentModel
-from guda_fast.deltas.sources import Openable, Source, check_source, open_source
+from guda_fast.deltas.sources import SourceLike, check_source
 from guda_fast.deltas.staging import Staging, stages
 from guda_fast.deltas.survey import Survey, survey
-from guda_fast.deltas.weights import Weights
 from guda_fast.errors import CheckpointError
 
 ProgressCallback = Callable[[int, int], object]
@@ -58,7 +55,7 @@ class DeltaBank:
     def load(
         cls,
         base: str | os.PathLike[str] | torch.nn.Module,
-        counterfactuals: Mapping[str, Source],
+        counterfactuals: Mapping[str, SourceLike],
         *,
         scheduler: object = None,
         allow_identical: bool = False,
@@ -73,7 +70,8 @@ class DeltaBank:
 
         base: a diffusers folder (flat, or with ``unet/`` or ``transformer/`` inside), or a module
         counterfactuals: for each group name, in the order of the result's columns, a diffusers folder, a
-            state dict file (safetensors or torch), a state dict, a module, or a Delta [K >= 1 entries]
+            state dict file (safetensors or torch), an adapter, a state dict, a module, a Delta, a callable that gives
+            one of these, or a Source, which says how to read it [K >= 1 entries]
         scheduler: the noise scheduler's configuration, a diffusers scheduler, or a path; None takes
             ``scheduler_config.json`` from the base's folder, ``scheduler/`` in it, or beside it, if there is one
         allow_identical: accept a counterfactual that equals the base
@@ -93,7 +91,9 @@ class DeltaBank:
             opened = open_base(base, scheduler)
             bank = cls(opened, ResidentModel(opened.model, opened.origin), allow_identical=allow_identical)
             for group, source in counterfactuals.items():
-                opened_source = bank._sources[group] = bank._open(source, f"counterfactuals[{group!r}]")
+                opened_source = bank._sources[group] = open_group(
+                    source, f"counterfactuals[{group!r}]", opened, bank._resident
+                )
                 if isinstance(opened_source, HeldGroup):
                     bank._check_different(group, opened_source.names)
         return bank
@@ -287,18 +287,6 @@ class DeltaBank:
         changed = f", {self._applied!r} applied" if self._applied is not None else ""
         return f"DeltaBank({type(self.model).__name__} from {self._base.origin}, {len(self)} groups{changed})"
 
-    def _open(self, source: Source, name: str) -> Group:
-        if isinstance(source, Delta):
-            return HeldGroup(fitted(self._resident.tensors, source, name), self._resident)
-        if isinstance(source, str | os.PathLike):
-            # In full, so that a change of the working directory changes nothing.
-            return FileGroup(
-                partial(_opened, self._base, self._resident.tensors, Path(source).absolute(), name), self._resident
-            )
-        weights = _opened(self._base, self._resident.tensors, source, name)
-        parts = differences(self._resident.tensors, weights, self._resident.theta_0)
-        return HeldGroup(Delta(dict(parts), weights.origin), self._resident)
-
     def _support(self, group: str) -> Collection[str]:
         return self.survey(group).support
 
@@ -335,14 +323,6 @@ class DeltaBank:
         if isinstance(group, str):
             return check_choice("DeltaBank", "group", group, self.groups)
         return self.groups[check_int("DeltaBank", "group", group, 0, len(self) - 1)]
-
-
-def _opened(base: Base, tensors: Sequence[BaseTensor], source: Openable, name: str) -> Weights:
-    """A counterfactual's files, opened, and checked against the base as far as headers tell."""
-    weights = open_source(source, name)
-    if base.config is not None:
-        check_config(base.config, type(base.model), weights)
-    return fitting(tensors, weights)
 
 
 def _check_counterfactuals(counterfactuals: object) -> None:

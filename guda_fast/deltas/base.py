@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from guda_fast._validate import describe
-from guda_fast.deltas.diff import finite_values, fitting, wide
+from guda_fast.deltas.diff import BaseTensor, finite_values, fitting, wide
 from guda_fast.deltas.formats.diffusers import (
     build_model,
     complete_config,
@@ -22,8 +22,7 @@ from guda_fast.deltas.formats.diffusers import (
     read_json,
 )
 from guda_fast.deltas.resident import base_tensors
-from guda_fast.deltas.sources import existing_path, unwrapped
-from guda_fast.deltas.weights import Weights, module_config, named_tensors
+from guda_fast.deltas.weights import Weights, existing_path, module_config, named_tensors, unwrapped
 from guda_fast.errors import CheckpointError
 
 
@@ -35,12 +34,21 @@ class Base:
     config: its complete configuration, None for a module without one
     scheduler: the noise scheduler's configuration, None when there is none
     origin: the path, or "base" for a model in memory
+    tensors: what there is of parameters and buffers
+    parameters: the first names of the parameters, in the order of ``model.parameters()``
     """
 
     model: torch.nn.Module
     config: dict[str, Any] | None
     scheduler: dict[str, Any] | None
     origin: str
+    tensors: tuple[BaseTensor, ...] = field(init=False)
+    parameters: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Here and not when asked for: a cast of the model may separate what shares memory.
+        object.__setattr__(self, "tensors", tuple(base_tensors(self.model)))
+        object.__setattr__(self, "parameters", tuple(name for name, _ in self.model.named_parameters()))
 
 
 def open_base(base: object, scheduler: object) -> Base:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import itemgetter
+from typing import Any, TypeVar
 
 import torch
 
 from guda_fast.deltas.delta import Delta, Dense, LowRank, Part, cast
-from guda_fast.deltas.weights import Entry, Weights
+from guda_fast.deltas.weights import Entry, Factors, Weights
 from guda_fast.errors import CheckpointError
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGER = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_S = TypeVar("_S", bound=Entry | Factors)
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,10 @@ class _Problems:
     def __init__(self) -> None:
         self._found: list[tuple[int, str]] = []
 
-    def at(self, position: int, entry: Entry, name: str) -> _Located:
+    def at(self, position: int, source: Entry | Factors, name: str) -> _Located:
         """A context in which a KeyProblem is noted as one of a key."""
-        return _Located(self._found, position, entry, name)
+        key = source.key if isinstance(source, Factors) else name
+        return _Located(self._found, position, source.origin, key)
 
     def check(self) -> None:
         if self._found:
@@ -63,15 +66,15 @@ class _Problems:
 class _Located:
     found: list[tuple[int, str]]
     position: int
-    entry: Entry
-    name: str
+    origin: str
+    key: str
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, problem: object, trace: object) -> bool:
         if isinstance(problem, KeyProblem):
-            self.found.append((self.position, f"{self.entry.origin}: key {self.name!r} {problem}"))
+            self.found.append((self.position, f"{self.origin}: key {self.key!r} {problem}"))
         return isinstance(problem, KeyProblem)
 
 
@@ -87,17 +90,18 @@ def wide(*dtypes: torch.dtype) -> torch.dtype:
 def fitting(base: Sequence[BaseTensor], weights: Weights) -> Weights:
     """``weights`` under the base's names, checked against the base as far as that needs no values.
 
-    Raises: CheckpointError when a key is missing, unknown, or of another shape or kind of dtype than in the base
+    Raises: CheckpointError when a key is missing (from complete weights), unknown, given as a value and as factors, or
+        of another shape or kind of dtype than in the base
     """
     weights = weights.named_like([name for tensor in base for name in tensor.names])
     _check_names(base, weights)
     problems = _Problems()
     for position, tensor in enumerate(base):
         for name in tensor.names:
-            if name in weights.entries:
-                entry = weights.entries[name]
-                with problems.at(position, entry, name):
-                    _check_entry(tensor, entry)
+            source = _source(weights, name)
+            if source is not None:
+                with problems.at(position, source, name):
+                    _check_source(tensor, source)
     problems.check()
     return weights
 
@@ -110,8 +114,8 @@ def differences(
 ) -> Iterator[tuple[str, Part]]:
     """theta_k - theta_0 of the parameters and floating buffers that are not equal bit for bit, one after the other.
 
-    In float32 (float64 where either side has it), in the order of the names and in the memory layout of theta_0. Only
-    the tensor that is asked for is read.
+    In float32 (float64 where either side has it), in the order of the names; dense ones in the memory layout of
+    theta_0. Only what is asked for is read.
 
     base: all tensors of the base
     weights: the counterfactual's tensors, as ``fitting`` gives them
@@ -120,10 +124,14 @@ def differences(
     Raises: CheckpointError, after the last tensor, when values are not finite or contradict the base
     """
     problems = _Problems()
-    for tensor, entry, located in _present(base, weights, problems, only):
+    sources: dict[str, Entry | Factors] = {**weights.entries, **weights.factors}
+    for tensor, source, located in _present(base, sources, problems, only):
         part: Part | None = None
         with located:
-            part = _difference(tensor, theta_0(tensor.name), entry)
+            if isinstance(source, Factors):
+                part = _checked_part(tensor, source.read())
+            else:
+                part = _difference(tensor, theta_0(tensor.name), source)
         if part is not None:
             yield tensor.name, part
         del part  # the next one is formed in its memory
@@ -137,7 +145,7 @@ def finite_values(base: Sequence[BaseTensor], weights: Weights) -> Iterator[tupl
     Raises: CheckpointError, after the last tensor, when values are not finite
     """
     problems = _Problems()
-    for tensor, entry, located in _present(base, weights, problems):
+    for tensor, entry, located in _present(base, weights.entries, problems):
         found: torch.Tensor = entry.read()
         with located:
             check_finite(found)
@@ -170,50 +178,68 @@ def fitted(base: Sequence[BaseTensor], delta: Delta, origin: str) -> Delta:
 
 
 def _present(
-    base: Sequence[BaseTensor], weights: Weights, problems: _Problems, only: Collection[str] | None = None
-) -> Iterator[tuple[BaseTensor, Entry, _Located]]:
-    """Each tensor that ``weights`` has, in the order of the names, and where to note what is wrong with it."""
+    base: Sequence[BaseTensor], sources: Mapping[str, _S], problems: _Problems, only: Collection[str] | None = None
+) -> Iterator[tuple[BaseTensor, _S, _Located]]:
+    """Each tensor that ``sources`` has, in the order of the names, and where to note what is wrong with it."""
     for position, tensor in sorted(enumerate(base), key=lambda item: item[1].name):
-        names = [name for name in tensor.names if name in weights.entries]
+        names = [name for name in tensor.names if name in sources]
         if not names or (only is not None and tensor.name not in only):
             continue
-        entry = weights.entries[names[0]]
+        source = sources[names[0]]
         for name in names[1:]:
-            shared = weights.entries[name]
+            shared = sources[name]
             with problems.at(position, shared, name):
-                one, other = entry.read(), shared.read()
-                common = torch.promote_types(one.dtype, other.dtype)
-                if not torch.equal(one.to(common), other.to(common)):
-                    raise KeyProblem(f"must equal key {tensor.name!r}: the base shares one tensor between them")
-        yield tensor, entry, problems.at(position, entry, names[0])
+                _check_equal(source.read(), shared.read(), tensor.name)
+        yield tensor, source, problems.at(position, source, names[0])
+
+
+def _check_equal(one: Any, other: Any, name: str) -> None:
+    common = torch.promote_types(one.dtype, other.dtype)
+    if not torch.equal(one.to(common), other.to(common)):
+        raise KeyProblem(f"must equal key {name!r}: the base shares one tensor between them")
+
+
+def _source(weights: Weights, name: str) -> Entry | Factors | None:
+    return weights.factors.get(name) or weights.entries.get(name)
 
 
 def _check_names(base: Sequence[BaseTensor], weights: Weights) -> None:
     known = {name for tensor in base for name in tensor.names}
-    unknown = [name for name in weights.entries if name not in known]
-    missing = [t.name for t in base if not t.optional and weights.entries.keys().isdisjoint(t.names)]
+    given = {name: entry.origin for name, entry in weights.entries.items()}
+    given |= {name: factors.origin for name, factors in weights.factors.items()}
+    unknown = [name for name in given if name not in known]
+    missing = [t.name for t in base if weights.complete and not t.optional and given.keys().isdisjoint(t.names)]
     problems = []
     if missing:
         problems.append(f"key {missing[0]!r} is missing{_more(len(missing) - 1)}")
     if unknown:
         problems.append(f"key {unknown[0]!r} is not in the base{_more(len(unknown) - 1)}")
     if problems:
-        origin = weights.origin if missing else weights.entries[unknown[0]].origin
+        origin = weights.origin if missing else given[unknown[0]]
+        problems += [weights.advice] if weights.advice else []
         raise CheckpointError(f"{origin}: {'; '.join(problems)}")
+    for tensor in base:
+        low_rank = [name for name in tensor.names if name in weights.factors]
+        if low_rank and len(low_rank) + sum(name in weights.entries for name in tensor.names) > 1:
+            factors = weights.factors[low_rank[0]]
+            raise CheckpointError(
+                f"{factors.origin}: key {factors.key!r} must be all that is given for {tensor.name!r}, "
+                "found a value or other factors for it too"
+            )
 
 
 def _more(count: int) -> str:
     return "" if count <= 0 else f" (and {count} more {'key' if count == 1 else 'keys'})"
 
 
-def _check_entry(tensor: BaseTensor, entry: Entry) -> None:
-    if entry.problem:
-        raise KeyProblem(entry.problem)
-    if entry.shape != tensor.shape:
-        raise KeyProblem(f"must have shape {tensor.shape} as in the base, found {entry.shape}")
+def _check_source(tensor: BaseTensor, source: Entry | Factors) -> None:
+    if isinstance(source, Entry) and source.problem:
+        raise KeyProblem(source.problem)
+    if source.shape != tensor.shape:
+        raise KeyProblem(f"must have shape {tensor.shape} as in the base, found {source.shape}")
     allowed = FLOATING if tensor.dtype.is_floating_point else INTEGER
-    if entry.dtype not in allowed:
-        raise KeyProblem(f"must be {_names(allowed)}, found {_names([entry.dtype])}")
+    if source.dtype not in allowed:
+        raise KeyProblem(f"must be {_names(allowed)}, found {_names([source.dtype])}")
 
 
 def _difference(tensor: BaseTensor, theta_0: torch.Tensor, entry: Entry) -> Dense | None:

@@ -3,65 +3,183 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from guda_fast._validate import describe
+from guda_fast._validate import check_choice, check_real, describe
+from guda_fast.deltas.base import Base
 from guda_fast.deltas.delta import Delta
-from guda_fast.deltas.formats.diffusers import open_folder
-from guda_fast.deltas.formats.state_dict import from_mapping, open_file
-from guda_fast.deltas.weights import Weights, from_module
+from guda_fast.deltas.formats import compvis, ema, lora, partial, peft
+from guda_fast.deltas.formats.diffusers import check_config, open_folder
+from guda_fast.deltas.formats.state_dict import from_mapping, open_file, refuse_text_encoders
+from guda_fast.deltas.weights import Weights, existing_path, from_module, unwrapped
 from guda_fast.errors import CheckpointError
 
 Openable = str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module
-Source = Openable | Delta
+Format = Literal["diffusers", "state_dict", "partial", "peft", "lora", "ema", "compvis"]
+FORMATS = ("diffusers", "state_dict", "partial", "peft", "lora", "ema", "compvis")
+WEIGHTS = ("raw", "ema")
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A counterfactual, and how to read it where its content leaves a choice.
+
+    what: a path, a state dict, a torch.nn.Module, a Delta, or a callable that gives one of these when a bank is loaded
+    format: its format, None to recognise it from the content
+    weights: "raw", or "ema" for the moving average that a training script kept beside the weights
+    scale: multiplies a LoRA's difference, on top of its own alpha / rank [-1e6 <= scale <= 1e6]
+    variant: of a diffusers folder that has several, such as "fp16" or "non_ema"; None for the plain weights
+
+    Raises: TypeError or ValueError for an argument of another type or range
+
+    >>> Source("runs/unlearn_cat", weights="ema").weights
+    'ema'
+    """
+
+    what: Openable | Delta | Callable[[], Openable | Delta]
+    _: KW_ONLY
+    format: Format | None = None
+    weights: Literal["raw", "ema"] = "raw"
+    scale: float = 1.0
+    variant: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.what, str | os.PathLike | Mapping | torch.nn.Module | Delta) and not callable(self.what):
+            raise TypeError(f"Source: what must be {_KINDS}, got {describe(self.what)}")
+        if self.format is not None:
+            check_choice("Source", "format", self.format, FORMATS)
+        check_choice("Source", "weights", self.weights, WEIGHTS)
+        check_real("Source", "scale", self.scale, -1e6, 1e6)
+        if self.variant is not None and not isinstance(self.variant, str):
+            raise TypeError(f"Source: variant must be a string or None, got {describe(self.variant)}")
+
+
+SourceLike = Openable | Delta | Callable[[], Openable | Delta] | Source
+_LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+_BY_KEYS = ("state_dict", "partial", "lora", "ema", "compvis")
+_KINDS = "a path, a state dict, a torch.nn.Module, a Delta, or a callable that gives one of these"
 
 
 def check_source(source: object, name: str) -> None:
     """Check that a source is of a type that can be opened and, a path, that it exists."""
-    if isinstance(source, str | os.PathLike):
-        existing_path(source)
-    elif not isinstance(source, Mapping | torch.nn.Module | Delta):
+    what = source.what if isinstance(source, Source) else source
+    if isinstance(what, str | os.PathLike):
+        existing_path(what)
+    elif not isinstance(what, Mapping | torch.nn.Module | Delta) and not callable(what):
+        raise TypeError(f"DeltaBank.load: {name} must be {_KINDS}, or a Source, got {describe(source)}")
+
+
+def resolved(source: SourceLike, name: str) -> tuple[Openable | Delta, Source]:
+    """What there is to open, a callable called and a path in full, and how it was asked to be read."""
+    how = source if isinstance(source, Source) else Source(source)
+    what = how.what
+    if callable(what) and not isinstance(what, torch.nn.Module | Mapping | Delta | os.PathLike):
+        what = what()
+    if isinstance(what, str | os.PathLike):
+        # In full, so that a change of the working directory changes nothing.
+        return existing_path(what).absolute(), how
+    if isinstance(what, Delta) and (how.format, how.weights, how.scale, how.variant) != (None, "raw", 1, None):
+        raise ValueError(f"DeltaBank.load: {name}: a Delta leaves no choice of format, weights, scale or variant")
+    if not isinstance(what, Mapping | torch.nn.Module | Delta):
         raise TypeError(
-            f"DeltaBank.load: {name} must be a path, a state dict, a torch.nn.Module or a Delta, got {describe(source)}"
+            f"DeltaBank.load: {name} must give a path, a state dict, a torch.nn.Module or a Delta, got {describe(what)}"
         )
+    return what, how
 
 
-def open_source(source: Openable, name: str) -> Weights:
-    """Open a counterfactual: a diffusers folder, a state dict file, a state dict or a module.
+def open_source(what: Openable, how: Source, name: str, base: Base) -> Weights:
+    """Open a counterfactual, and check its configuration, if it has one, against the base's.
 
+    what: as ``resolved`` gives it
+    how: the format and the choices that were asked for
     name: what the argument is called in messages about an object in memory
-    Returns: its tensors, whose values are read when asked for
-    Raises: CheckpointError for what cannot be read
+    base: the model that it is a counterfactual of
+    Returns: its tensors by the base's names, whose values are read when asked for
+    Raises: CheckpointError for what cannot be read, or is not what was asked for
     """
-    if isinstance(source, torch.nn.Module):
-        return from_module(unwrapped(source), name)
-    if isinstance(source, Mapping):
-        return from_mapping(source, name)
-    path = existing_path(source)
-    return open_folder(path) if path.is_dir() else open_file(path)
-
-
-def existing_path(source: str | os.PathLike[str]) -> Path:
-    """The path, which must exist: nothing is ever downloaded."""
-    path = Path(source)
-    if not path.exists():
-        raise CheckpointError(
-            f"{path}: no such file or folder; models are never downloaded here: pass the local folder that "
-            "save_pretrained or huggingface_hub.snapshot_download wrote"
-        )
-    return path
-
-
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The module inside torch.compile's and data parallelism's wrappers."""
-    while True:
-        if isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
-            inner = model.module
+    if isinstance(what, Path) and what.is_dir():
+        weights, found = _open_folder(what, how, base)
+    else:
+        if isinstance(what, torch.nn.Module):
+            weights = from_module(unwrapped(what), name)
+        elif isinstance(what, Mapping):
+            weights = from_mapping(what, name)
         else:
-            inner = getattr(model, "_orig_mod", None)
-        if not isinstance(inner, torch.nn.Module):
-            return model
-        model = inner
+            weights = open_file(Path(what))
+        weights, found = _recognised(weights, how, base)
+    _check_choices(how, found, weights.origin)
+    if base.config is not None:
+        check_config(base.config, type(base.model), weights)
+    return weights
+
+
+def _open_folder(folder: Path, how: Source, base: Base) -> tuple[Weights, Format]:
+    """The model or the adapter in a folder, and its format."""
+    if peft.is_adapter(folder):
+        return peft.open_adapter(folder, _shapes(base), how.scale), "peft"
+    # A pipeline's save_lora_weights gives its file a folder of its own.
+    adapters = [folder / name for name in _LORA_FILES if (folder / name).is_file()]
+    if adapters and not (folder / "config.json").is_file():
+        return lora.converted(open_file(adapters[0]), _shapes(base), how.scale), "lora"
+    average = how.weights == "ema" or how.format == "ema"
+    weights = open_folder(folder, variant=how.variant, average=average)
+    return (ema.converted(weights, base.parameters), "ema") if ema.is_ema(weights) else (weights, "diffusers")
+
+
+def _recognised(weights: Weights, how: Source, base: Base) -> tuple[Weights, Format]:
+    """The tensors of a file or a mapping by the base's names, and their format: what was asked for, or by their keys.
+
+    Raises: CheckpointError where they cannot be read as that format
+    """
+    found = how.format if how.format in _BY_KEYS else _format(weights, base)
+    if found == "ema":
+        return ema.converted(weights, base.parameters), found
+    if found == "lora":
+        if not lora.is_lora(weights):
+            raise CheckpointError(
+                f"{weights.origin}: must be of format 'lora', found no factors, but {next(iter(weights.entries))!r}"
+            )
+        return lora.converted(weights, _shapes(base), how.scale), found
+    if found == "compvis":
+        average = how.weights == "ema"
+        return compvis.converted(weights, base.config, len(base.tensors), average=average), found
+    named = weights.named_like(list(_shapes(base)))
+    refuse_text_encoders(named, _shapes(base).keys())
+    if found == "partial":
+        return partial.as_partial(named), found
+    if how.format is None and weights.config is None and partial.lacks_keys(named, base.tensors):
+        named = replace(named, advice='pass Source(..., format="partial") if the rest equals the base')
+    return named, found
+
+
+def _format(weights: Weights, base: Base) -> Format:
+    """What the keys say: those of each format are in no other."""
+    if ema.is_ema(weights):
+        return "ema"
+    if compvis.is_compvis(weights):
+        return "compvis"
+    if lora.is_lora(weights):
+        return "lora"
+    bare = weights.config is None and partial.is_partial(weights.named_like(list(_shapes(base))), base.tensors)
+    return "partial" if bare else "state_dict"
+
+
+def _check_choices(how: Source, found: Format, origin: str) -> None:
+    """Refuse a choice that the source does not have, which would be passed over in silence."""
+    if how.format is not None and found != how.format:
+        raise CheckpointError(f"{origin}: must be of format {how.format!r}, found {found!r}")
+    if how.weights == "ema" and found not in ("diffusers", "ema", "compvis"):
+        raise CheckpointError(f"{origin}: must have a moving average for weights='ema', found format {found!r}")
+    if how.scale != 1 and found not in ("lora", "peft"):
+        raise CheckpointError(f"{origin}: must be a LoRA for scale={how.scale:g}, found format {found!r}")
+    if how.variant is not None and found != "diffusers":
+        raise CheckpointError(f"{origin}: must be a diffusers folder for variant={how.variant!r}, found {found!r}")
+
+
+def _shapes(base: Base) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for tensor in base.tensors for name in tensor.names}

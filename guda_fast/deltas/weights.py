@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from guda_fast.deltas.delta import Part
+from guda_fast.errors import CheckpointError
 
 # Where training scripts put the model inside a checkpoint, in the order in which they are looked for.
 CONTAINERS = ("unet_state_dict", "model_state_dict", "state_dict", "unet")
@@ -31,15 +35,37 @@ class Entry:
     dtype: torch.dtype = torch.float32
 
 
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """A difference that an adapter makes, mostly of low rank, read when asked for; and what is known of it before.
+
+    origin: the file (or the description of the object) it comes from
+    key: what the file calls it
+    read: gives the difference on the CPU; it may share memory with an object that is not ours
+    shape: of the parameter that it belongs to
+    dtype: in which the file holds it
+    """
+
+    origin: str
+    key: str
+    read: Callable[[], Part]
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+
 @dataclass(frozen=True)
 class Weights:
     """The tensors of one model by name, and its configuration where the format has one.
 
     origin: the path or the description that an error names
-    entries: the tensors by name
+    entries: the tensors by name; their values replace the base's
     config: the model configuration, or None
     config_origin: the file of the configuration
     files: all files that were read, none for an object in memory
+    factors: differences by the base's parameter names; no name is in ``entries`` too
+    complete: whether what is in neither is missing; where not, it equals the base
+    metadata: the text that a safetensors header holds beside the tensors
+    advice: what else the file may be, for the error that says that keys are missing
     """
 
     origin: str
@@ -47,6 +73,10 @@ class Weights:
     config: Mapping[str, Any] | None = None
     config_origin: str = ""
     files: tuple[Path, ...] = ()
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    complete: bool = True
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    advice: str = ""
 
     def named_like(self, expected: Collection[str]) -> Weights:
         """The same tensors without the wrapper prefixes (``module.``, ``unet.``, ...) that ``expected`` lacks."""
@@ -84,6 +114,29 @@ def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
     return tensors
+
+
+def existing_path(source: str | os.PathLike[str]) -> Path:
+    """The path, which must exist: nothing is ever downloaded."""
+    path = Path(source)
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: no such file or folder; models are never downloaded here: pass the local folder that "
+            "save_pretrained or huggingface_hub.snapshot_download wrote"
+        )
+    return path
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The module inside torch.compile's and data parallelism's wrappers."""
+    while True:
+        if isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+            inner = model.module
+        else:
+            inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, torch.nn.Module):
+            return model
+        model = inner
 
 
 def _all_start(names: Collection[str], prefix: str) -> bool:
