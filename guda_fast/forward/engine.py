@@ -12,7 +12,7 @@ from torch import Tensor
 
 from guda_fast._validate import check_bool, check_choice, check_int
 from guda_fast.deltas import DeltaBank
-from guda_fast.diffusion import Protocol
+from guda_fast.diffusion import NoiseSource, Protocol
 from guda_fast.diffusion.schedule import FloatArray
 from guda_fast.forward._routing import Inputs
 from guda_fast.forward.activations import peak_bytes
@@ -103,8 +103,9 @@ class Engine:
         names: Sequence[str] | None = None,
         *,
         conditions: Conditions | None = None,
+        noise: NoiseSource | None = None,
     ) -> NoisedQueries:
-        """Queries with their conditions on the device; see `NoisedQueries`."""
+        """Queries with their conditions and noise on the device; see `NoisedQueries`."""
         return NoisedQueries(
             x0,
             ids,
@@ -113,6 +114,7 @@ class Engine:
             dtype=self.precision.dtype,
             names=names,
             conditions=conditions,
+            noise=noise,
         )
 
     def errors(self, queries: NoisedQueries, rows: Rows, advance: Advance = _nothing) -> FloatArray:

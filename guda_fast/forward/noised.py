@@ -10,18 +10,22 @@ import torch
 from torch import Tensor
 
 from guda_fast import ops
-from guda_fast.diffusion import Protocol
+from guda_fast._validate import check_tensor
+from guda_fast.diffusion import NoiseSource, Protocol
 from guda_fast.diffusion.schedule import FloatArray
 from guda_fast.forward.conditions import Conditions
 from guda_fast.forward.rows import BASE, Rows
 
+_CHUNK = 64  # rows whose squares are in float64 at once
+
 
 class NoisedQueries:
-    """Queries on the device of a run, and the noise contract's x_t and targets for any of their draws.
+    """Queries on the device of a run, and x_t and targets for any of their draws, with the contract's noise or another.
 
     x0: queries [(N, C, H, W), float32]. ids: one a query [N, 0..2^64-1]. protocol: the draws.
     device, dtype: of the forwards; x_t is formed in float32 (float64 where dtype is) and rounded to dtype once.
     names: of the queries, for messages [N]. conditions: of the queries; None for an unconditional model.
+    noise: where the noise comes from; None is the contract, whose ops make it on the way.
 
     base_errors holds the base's weighted errors as far as they are known [(N, D), float64, NaN where not].
     """
@@ -36,6 +40,7 @@ class NoisedQueries:
         dtype: torch.dtype,
         names: Sequence[str] | None = None,
         conditions: Conditions | None = None,
+        noise: NoiseSource | None = None,
     ) -> None:
         table = protocol.table
         self.device, self.dtype = device, dtype
@@ -51,6 +56,7 @@ class NoisedQueries:
         self.conditions = conditions.to(device, dtype)
         self.condition = self.conditions.row.to(device)
         self.seed, self.antithetic = protocol.seed, protocol.antithetic
+        self.noise = noise
         self.base_errors = np.full((len(x0), protocol.draws), np.nan)
         self.timestep = torch.from_numpy(table.timestep).to(torch.int64)  # on the host: plans group rows by it
         self._time = torch.from_numpy(table.model_timestep).to(device)
@@ -66,7 +72,7 @@ class NoisedQueries:
 
     def batch(self, query: Tensor, draw: Tensor) -> NoisedBatch:
         """The rows (query, draw) of one forward [(B,), int64 each, on the device]."""
-        return NoisedBatch(self, query, draw)
+        return NoisedBatch(self, query, draw) if self.noise is None else GivenBatch(self, query, draw, self.noise)
 
     def check_finite(self, errors: FloatArray, rows: Rows, groups: Sequence[str]) -> None:
         """Raise FloatingPointError, naming model, query and draw, where the error of a row is NaN or infinite."""
@@ -125,3 +131,32 @@ class NoisedBatch:
             antithetic=queries.antithetic,
         )
         return found.errors[0]
+
+
+class GivenBatch(NoisedBatch):
+    """Rows of one forward whose noise comes from elsewhere, and is held as long as they are."""
+
+    def __init__(self, queries: NoisedQueries, query: Tensor, draw: Tensor, source: NoiseSource) -> None:
+        super().__init__(queries, query, draw)
+        shape = (len(query), *queries.x0.shape[1:])
+        eps = source.noise(query, draw)
+        check_tensor("NoiseSource", "noise", eps, shape=shape, dtypes=(torch.float32,), device=queries.x0.device)
+        self._x0, self._eps = queries.x0[query], eps.to(queries.work)
+
+    def x_t(self) -> Tensor:
+        x0_scale, eps_scale, _, _ = self._scales
+        mixed = self._mixed(x0_scale, eps_scale)
+        if mixed.dim() == 4:
+            mixed = mixed.contiguous(memory_format=torch.channels_last)
+        return mixed.to(self._queries.dtype)
+
+    def errors(self, prediction: Tensor) -> Tensor:
+        _, _, x0_scale, eps_scale = self._scales
+        difference = prediction.to(self._queries.work) - self._mixed(x0_scale, eps_scale)
+        sums = [part.flatten(1).double().square().sum(1) for part in difference.split(_CHUNK)]
+        return self._weight * torch.cat(sums)
+
+    def _mixed(self, x0_scale: Tensor, eps_scale: Tensor) -> Tensor:
+        """x0_scale x0 + eps_scale eps, row by row."""
+        by_row = (-1, *[1] * (self._x0.dim() - 1))
+        return x0_scale.view(by_row) * self._x0 + eps_scale.view(by_row) * self._eps
