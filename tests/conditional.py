@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,3 +107,59 @@ def loop_errors(
             prediction = model(x_t, timestep=time, **given, return_dict=False)[0]
             errors[i, d] = table.weight[d] * float((prediction - target).square().sum())
     return errors
+
+
+WORDS = 9  # tokens of a prompt
+IMAGE = 16  # pixels of a side; latents have half of them
+
+
+def tiny_tokenizer() -> Any:
+    """Each letter is a token."""
+    from transformers import CLIPTokenizer
+
+    letters = [*map(chr, range(ord("a"), ord("z") + 1))]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=WORDS)
+
+
+def tiny_text_encoder(projected: bool = False, features: int = FEATURES, seed: int = 0) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=54, hidden_size=features, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=WORDS, bos_token_id=52, eos_token_id=53, pad_token_id=53, projection_dim=POOLED,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+
+
+def tiny_vae(**options: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoencoderKL(
+            block_out_channels=(4, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=2,
+            sample_size=IMAGE,
+            **options,
+        ).eval()
+
+
+def save_pipeline(folder: Path, unet: nn.Module) -> None:
+    """What diffusers saves of a Stable Diffusion pipeline, as far as scoring needs it."""
+    from diffusers import DDPMScheduler
+
+    parts = {
+        "unet": unet,
+        "vae": tiny_vae(),
+        "text_encoder": tiny_text_encoder(),
+        "tokenizer": tiny_tokenizer(),
+        "scheduler": DDPMScheduler(num_train_timesteps=100),
+    }
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
