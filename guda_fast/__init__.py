@@ -13,7 +13,7 @@ from guda_fast.build_config import build_config
 from guda_fast.datasets.latents import Latents
 from guda_fast.datasets.prompts import TextEncoder
 from guda_fast.deltas import DeltaBank
-from guda_fast.diffusion import Protocol, Schedule
+from guda_fast.diffusion import FlowSchedule, Protocol, Schedule
 from guda_fast.errors import (
     BackendUnavailableError,
     BatchedUnavailableError,
@@ -35,6 +35,7 @@ __all__ = [
     "CheckpointError",
     "Conditions",
     "DeltaBank",
+    "FlowSchedule",
     "Full",
     "Latents",
     "PrecisionError",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from guda_fast._validate import check_bool, check_int, describe
+from guda_fast.diffusion.flow import FlowSchedule, read_schedule
 from guda_fast.diffusion.query_id import NOISE_CONTRACT
 from guda_fast.diffusion.schedule import Float32Array, FloatArray, IntArray, Schedule, Scheduler
 
@@ -50,7 +50,8 @@ class Protocol:
 
     schedule: the noise schedule of the model.
     timesteps: distinct indices, kept in rising order [1..T-1 for named weightings; at most 65,535].
-    weighting: "elbo", "elbo_fixed_large", "simple" or one weight a timestep (see ``Schedule.weights``).
+    weighting: "elbo", "elbo_fixed_large" (not for flows), "simple" or one weight a timestep (see ``Schedule.weights``
+        and ``FlowSchedule.weights``).
     samples: noise samples a timestep [1..65,536; even when antithetic].
     seed: of the noise contract [0..2^64-1].
     antithetic: odd samples negate the noise of the sample before.
@@ -63,7 +64,7 @@ class Protocol:
     (99, 99)
     """
 
-    schedule: Schedule
+    schedule: Schedule | FlowSchedule
     timesteps: tuple[int, ...]
     weighting: str | tuple[float, ...] = "elbo"
     samples: int = 1
@@ -71,8 +72,8 @@ class Protocol:
     antithetic: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schedule, Schedule):
-            raise TypeError(f"Protocol: schedule must be a Schedule, got {describe(self.schedule)}")
+        if not isinstance(self.schedule, Schedule | FlowSchedule):
+            raise TypeError(f"Protocol: schedule must be a Schedule or a FlowSchedule, got {describe(self.schedule)}")
         check_bool("Protocol", "antithetic", self.antithetic)
         steps = self.schedule.check_timesteps(self.timesteps)
         if steps.size == 0:
@@ -95,7 +96,7 @@ class Protocol:
     @classmethod
     def from_scheduler(
         cls,
-        scheduler: Schedule | Scheduler | Mapping[str, Any] | str | Path,
+        scheduler: Schedule | FlowSchedule | Scheduler | Mapping[str, Any] | str | Path,
         *,
         start: int = 1,
         stop: int | None = None,
@@ -107,9 +108,10 @@ class Protocol:
     ) -> Protocol:
         """A protocol over the timesteps start, start + stride, ... below stop (the schedule's length).
 
-        scheduler: a Schedule, or whatever ``Schedule.from_scheduler`` reads. Other arguments: see the class.
+        scheduler: a schedule, or whatever ``Schedule.from_scheduler`` or ``FlowSchedule.from_scheduler`` reads.
+        Other arguments: see the class.
         """
-        schedule = scheduler if isinstance(scheduler, Schedule) else Schedule.from_scheduler(scheduler)
+        schedule = scheduler if isinstance(scheduler, Schedule | FlowSchedule) else read_schedule(scheduler)
         check_int("Protocol", "start", start, 0, len(schedule) - 1)
         check_int("Protocol", "stride", stride, 1)
         stop = len(schedule) if stop is None else check_int("Protocol", "stop", stop, start + 1, len(schedule))
@@ -147,7 +149,6 @@ class Protocol:
             "samples": self.samples,
             "seed": self.seed,
             "antithetic": self.antithetic,
-            "prediction_type": self.schedule.prediction_type,
-            "betas": hashlib.blake2b(self.schedule.betas.astype("<f8").tobytes(), digest_size=16).hexdigest(),
+            **self.schedule.to_dict(),
             "noise_contract": NOISE_CONTRACT,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ class Schedule:
         FileNotFoundError for a missing file.
         """
         if isinstance(scheduler, str | Path):
-            scheduler = _read_config(Path(scheduler))
+            scheduler = read_config(Path(scheduler))
         if isinstance(scheduler, Mapping):
             scheduler = _build_scheduler(scheduler)
         betas = getattr(scheduler, "betas", None)
@@ -169,6 +170,11 @@ class Schedule:
             raise ValueError(f"Schedule: timesteps must be between 0 and {len(self) - 1}, got {found}")
         return t.astype(np.int64)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What scores depend on, as JSON values."""
+        digest = hashlib.blake2b(self.betas.astype("<f8").tobytes(), digest_size=16).hexdigest()
+        return {"prediction_type": self.prediction_type, "betas": digest}
+
     def _elbo_weights(self, t: IntArray, fixed_large: bool) -> FloatArray:
         beta, alpha_bar, previous = self.betas[t], self.alpha_bar[t], self.alpha_bar[t - 1]
         variance = 1 - alpha_bar if fixed_large else 1 - previous
@@ -195,7 +201,8 @@ class Schedule:
         return given * self._noise_error_factor(t)
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
+def read_config(path: Path) -> Mapping[str, Any]:
+    """A scheduler's configuration from its file, or from the folder that holds it."""
     file = path / "scheduler_config.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"Schedule: {file} must be a scheduler configuration, found no such file")
