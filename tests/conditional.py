@@ -49,14 +49,14 @@ def prompted_xl() -> nn.Module:
     )
 
 
-def classed() -> nn.Module:
+def classed(channels: int = 4) -> nn.Module:
     from diffusers import UNet2DModel
 
     return randomised(
         UNet2DModel,
         sample_size=8,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         layers_per_block=1,
         block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),

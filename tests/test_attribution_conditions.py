@@ -160,6 +160,8 @@ def test_the_audit_scores_queries_under_their_conditions(latents, monkeypatch: p
          "must have encoder_hidden_states with 12 features, got float32 tensor of shape"),
         ("prompts", {"encoder_hidden_states": torch.zeros(3, TOKENS, FEATURES)}, ValueError,
          r"conditions\['encoder_hidden_states'\] must have 4 rows, one a query"),
+        ("prompts", {"encoder_hidden_states": torch.full((4, TOKENS, FEATURES), torch.nan)}, ValueError,
+         "conditions must have finite encoder_hidden_states, got NaN or infinity"),
         ("prompts", ["a", "b", "c", "d"], TypeError, "must be embedded prompts, got text; make them by"),
         ("prompts", "a cat", TypeError, "must be embedded prompts, got text"),
         ("prompts", 3.5, TypeError, "must be Conditions, tensors by name or class labels, got 3.5"),

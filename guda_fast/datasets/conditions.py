@@ -19,7 +19,7 @@ ConditionSource = Conditions | Mapping[str, Given] | Sequence[int] | Tensor | np
 labels [N, integers]."""
 
 _WHERE = "attribute"
-# What a model has to be given where its configuration has an entry, and which one says how many features that has.
+# What a model has to be given where its configuration has an entry, if its forward takes that.
 _PROMPT, _LABELS, _POOLED = "encoder_hidden_states", "class_labels", "pooled_projections"
 _NEEDED = {
     "cross_attention_dim": _PROMPT,
@@ -30,6 +30,11 @@ _NEEDED = {
     "num_embeds_ada_norm": _LABELS,
 }
 _ADDED = {"text_time": ("added_cond_kwargs.text_embeds", "added_cond_kwargs.time_ids")}
+# The first of these that a configuration has: what projects a prompt comes before what it is projected to.
+_FEATURES = {
+    _PROMPT: ("encoder_hid_dim", "caption_channels", "cross_attention_dim", "joint_attention_dim"),
+    _POOLED: ("pooled_projection_dim",),
+}
 _CLASSES = ("num_class_embeds", "num_embeds_ada_norm")
 _OWN = ("return_dict", "timestep")  # arguments that no condition may have
 
@@ -59,7 +64,9 @@ def check_conditions(model: nn.Module, conditions: Conditions) -> None:
     """Raise ValueError where a model needs what is not there, or cannot take what is."""
     config = getattr(model, "config", None)
     config = config if isinstance(config, Mapping) else {}
-    kind, found, needed = type(model).__name__, flat(conditions.tensors), _needed(config)
+    kind, found = type(model).__name__, flat(conditions.tensors)
+    taken = inspect.signature(model.forward).parameters
+    needed = {name: because for name, because in _needed(config).items() if name.partition(".")[0] in taken}
     missing = [f"{name} ({because})" for name, because in needed.items() if name not in found]
     if missing:
         raise ValueError(
@@ -71,8 +78,8 @@ def check_conditions(model: nn.Module, conditions: Conditions) -> None:
     if unwanted:
         wanted = _names(needed) if needed else "None, because it is unconditional"
         raise ValueError(f"{_WHERE}: conditions must be what {kind} takes ({wanted}), got {_names(unwanted)}")
-    _check_arguments(model, conditions.tensors)
-    _check_sizes(config, found)
+    _check_arguments(kind, taken, conditions.tensors)
+    _check_values(config, found)
 
 
 def _names(tensors: Sequence[str] | Mapping[str, Any]) -> str:
@@ -86,24 +93,23 @@ def _needed(config: Mapping[str, Any]) -> dict[str, str]:
     return needed | dict.fromkeys(_ADDED.get(kind or "", ()), f"addition_embed_type={kind}")
 
 
-def _check_arguments(model: nn.Module, tensors: Mapping[str, Given]) -> None:
-    parameters = inspect.signature(model.forward).parameters
+def _check_arguments(kind: str, parameters: Mapping[str, inspect.Parameter], tensors: Mapping[str, Given]) -> None:
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
     first = next(iter(parameters))
     for name in tensors:
         if name not in parameters or name in (*_OWN, first):
             raise ValueError(
-                f"{_WHERE}: conditions must be arguments of {type(model).__name__}.forward beside {first} and "
-                f"timestep, got {name!r}"
+                f"{_WHERE}: conditions must be arguments of {kind}.forward beside {first} and timestep, got {name!r}"
             )
 
 
-def _check_sizes(config: Mapping[str, Any], found: Mapping[str, Tensor]) -> None:
-    """Features and classes, which models find wrong in a layer far inside, or on a GPU not at all."""
-    features = {_POOLED: config.get("pooled_projection_dim")}
-    projected = config.get("encoder_hid_dim")
-    features[_PROMPT] = projected or config.get("cross_attention_dim") or config.get("joint_attention_dim")
+def _check_values(config: Mapping[str, Any], found: Mapping[str, Tensor]) -> None:
+    """What models find wrong in a layer far inside, or on a GPU not at all."""
+    for name, tensor in found.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{_WHERE}: conditions must have finite {name}, got NaN or infinity")
+    features = {name: next((config[key] for key in keys if config.get(key)), None) for name, keys in _FEATURES.items()}
     for name, size in features.items():
         if name in found and isinstance(size, int) and found[name].shape[-1] != size:
             raise ValueError(f"{_WHERE}: conditions must have {name} with {size} features, got {describe(found[name])}")
@@ -114,7 +120,7 @@ def _check_sizes(config: Mapping[str, Any], found: Mapping[str, Tensor]) -> None
         check_int(_WHERE, "class label", int(labels.max()), 0, classes - 1)
 
 
-def _of_labels(given: Sequence[int] | Tensor | np.ndarray[Any, Any]) -> Conditions:
+def _of_labels(given: object) -> Conditions:
     if isinstance(given, str) or (isinstance(given, Sequence) and any(isinstance(one, str) for one in given)):
         raise TypeError(
             f"{_WHERE}: conditions must be embedded prompts, got text; make them by a text encoder: "

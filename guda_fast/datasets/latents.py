@@ -99,7 +99,8 @@ class Latents:
             query = torch.from_numpy(np.array([number], dtype=np.uint64).view(np.int64))
             eps = standard_normals(query, counter, counter, z.numel(), seed=self.seed)
             z = z + posterior.std.float().cpu() * eps.view(z.shape)
-        return (z - (self._config.get("shift_factor") or 0.0)) * self._config.scaling_factor
+        scaled: Tensor = (z - (self._config.get("shift_factor") or 0.0)) * self._config.scaling_factor
+        return scaled
 
 
 def _load(folder: str | os.PathLike[str], device: torch.device | str | None) -> nn.Module:

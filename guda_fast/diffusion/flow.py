@@ -14,6 +14,7 @@ from guda_fast._validate import check_choice, check_int, check_real, describe
 from guda_fast.diffusion.schedule import Float32Array, FloatArray, IntArray, Schedule, Scheduler, read_config
 
 WEIGHTINGS = ("elbo", "simple")
+_LEAST = float(np.finfo(np.float32).tiny)
 _SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 
@@ -42,7 +43,7 @@ class FlowSchedule:
     prediction_type: ClassVar[str] = "flow"
 
     def __post_init__(self) -> None:
-        check_real("FlowSchedule", "timestep_scale", self.timestep_scale, np.finfo(np.float32).tiny)
+        check_real("FlowSchedule", "timestep_scale", self.timestep_scale, _LEAST)
         sigmas = np.array(self.sigmas, dtype=np.float64)
         rises = sigmas.ndim == 1 and sigmas.size >= 3 and sigmas[0] == 0 and sigmas[-1] == 1
         if not (rises and (np.diff(sigmas) > 0).all()):
@@ -80,7 +81,7 @@ class FlowSchedule:
                     "size of the image; pass FlowSchedule.from_scheduler(scheduler, shift=...)"
                 )
             shift = config.get("shift", 1.0)
-        shift = check_real("FlowSchedule", "shift", shift, np.finfo(np.float32).tiny)
+        shift = check_real("FlowSchedule", "shift", shift, _LEAST)
         plain = np.arange(steps + 1) / steps
         return cls(shift * plain / (1 + (shift - 1) * plain), float(timestep_scale or steps), config)
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,8 +47,6 @@ class Conditions:
             check_tensor(_WHERE, name, tensor, min_dim=1)
             if len(tensor) != self.count:
                 raise ValueError(f"{_WHERE}: {name} must have {self.count} rows as the others, got {describe(tensor)}")
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise ValueError(f"{_WHERE}: {name} must be finite, got NaN or infinity")
         check_index_range(_WHERE, "row", self.row, self.count - 1)
         if self.keys is not None and not len(self.keys) == len(set(self.keys)) == self.count:
             raise ValueError(f"{_WHERE}: keys must be {self.count} distinct ones, got {describe(self.keys)}")
@@ -86,7 +83,7 @@ class Conditions:
         """The tensors on a device, floating ones in a dtype; ``row`` stays on the host."""
 
         def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+            return tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
         return replace(self, tensors=map_tensors(moved, self.tensors))
 
@@ -98,15 +95,16 @@ class Conditions:
         return map_tensors(lambda tensor: tensor[rows], self.tensors)
 
     def digests(self) -> tuple[bytes, ...]:
-        """Of each condition, a hash over its names, types, shapes and bytes."""
+        """Of each condition, a hash over its names, types, sizes and bytes (kernels/NOISE.md)."""
         found = [hashlib.blake2b() for _ in range(self.count)]
         for name, tensor in sorted(flat(self.tensors).items()):
             values = tensor.detach().cpu().contiguous()
-            header = f"{name} {values.dtype} {tuple(values.shape[1:])} ".encode()
+            sizes = ",".join(map(str, values.shape[1:]))
+            header = f"{name} {str(values.dtype).removeprefix('torch.')} {sizes} ".encode()
             rows = values.reshape(len(values), -1).view(torch.uint8).numpy()
             for digest, row in zip(found, rows, strict=True):
                 digest.update(header)
-                digest.update(np.ascontiguousarray(row))
+                digest.update(row.tobytes())
         return tuple(digest.digest() for digest in found)
 
 

@@ -37,12 +37,16 @@ class ResidentForward:
         """The prediction for one batch."""
         if inputs.x.device.type != "cuda":
             return inputs.run(self._call)
+        return self._graph(inputs)(inputs)
+
+    def _graph(self, inputs: Inputs) -> _Graph:
+        """The graph for inputs of these shapes, captured at their first use."""
         key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.tensors().items())
         graph = self._graphs.get(key)
         if graph is None:
             pool = next((graph.pool for graph in self._graphs.values()), None)
             graph = self._graphs[key] = _Graph(self._call, inputs, pool)
-        return graph(inputs)
+        return graph
 
     def forget_graphs(self) -> None:
         """Give back the memory that captured graphs hold."""
