@@ -86,8 +86,11 @@ def test_stable_diffusion_xl(tmp_path) -> None:
     # Original size, top left corner, target size, as StableDiffusionXLPipeline adds them.
     assert tensors["added_cond_kwargs.time_ids"].tolist() == [[48, 64, 0, 0, 48, 64]] * 4
     assert flat(text(["a"], size=32).tensors)["added_cond_kwargs.time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]]
-    with pytest.raises(ValueError, match="size must be given for Stable Diffusion XL alone, got None"):
+    assert found.source["size"] == [48, 64]
+    with pytest.raises(ValueError, match="size must be given for Stable Diffusion XL and for it alone, got None"):
         text(PROMPTS)
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        text(PROMPTS, size=(0, 64))
 
 
 @torch.no_grad()
@@ -138,7 +141,9 @@ def test_what_is_no_text_encoder(tmp_path) -> None:
     for prompts in ("a cat", ["a", 3]):
         with pytest.raises(TypeError, match="prompts must be a sequence of strings"):
             text(prompts)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="size must be given for Stable Diffusion XL alone, got 64 here"):
+    with pytest.raises(ValueError, match="prompts must hold at least one, got none"):
+        text([])
+    with pytest.raises(ValueError, match="size must be given for .* alone, got 64 for Stable Diffusion$"):
         text(["a"], size=64)
     config = tmp_path / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace("CLIPTextModel", "BertModel"))

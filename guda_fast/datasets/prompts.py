@@ -98,14 +98,24 @@ class TextEncoder:
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise TypeError(f"TextEncoder: prompts must be a sequence of strings, got {describe(prompts)}")
+        if not prompts:
+            raise ValueError("TextEncoder: prompts must hold at least one, got none")
         if (size is None) == (self.family == "Stable Diffusion XL"):
-            raise ValueError(f"TextEncoder: size must be given for Stable Diffusion XL alone, got {size} here")
+            raise ValueError(
+                "TextEncoder: size must be given for Stable Diffusion XL and for it alone, got "
+                f"{size} for {self.family}"
+            )
+        sides = (size, size) if isinstance(size, int) else tuple(size or ())
+        sides = tuple(check_int("TextEncoder", "size", side, 1) for side in sides)
         distinct = list(dict.fromkeys(prompts))
         self._warn(distinct)
         number = {prompt: row for row, prompt in enumerate(distinct)}
         row = torch.tensor([number[prompt] for prompt in prompts], dtype=torch.int64)
-        tensors = _joined([self._embedded(prompt, size) for prompt in distinct])
-        return Conditions(tensors, row, tuple(distinct), {"text_encoder": self._hash})
+        tensors = _joined([self._embedded(prompt, sides) for prompt in distinct])
+        source: dict[str, Any] = {"text_encoder": self._hash}
+        if sides:
+            source["size"] = list(sides)
+        return Conditions(tensors, row, tuple(distinct), source)
 
     @cached_property
     def _hash(self) -> str:
@@ -122,7 +132,7 @@ class TextEncoder:
             )
 
     @torch.no_grad()
-    def _embedded(self, prompt: str, size: int | tuple[int, int] | None) -> dict[str, Any]:
+    def _embedded(self, prompt: str, sides: tuple[int, ...]) -> dict[str, Any]:
         """The tensors of one prompt [one row each, on the CPU]."""
         outputs = [encoder(prompt) for encoder in self._encoders]
         if self.family == "Stable Diffusion":
@@ -130,10 +140,8 @@ class TextEncoder:
         # The last layer but one, and the projection of the last one's end token.
         clip = torch.cat([output.hidden_states[-2] for output in outputs[:2]], dim=-1).float().cpu()
         if self.family == "Stable Diffusion XL":
-            height, width = (size, size) if isinstance(size, int) else size or (0, 0)
-            whole = [check_int("TextEncoder", "size", side, 1) for side in (height, width)]
             # Integers stay exact in every precision: original size, corner of the crop, target size.
-            times = torch.tensor([[*whole, 0, 0, *whole]])
+            times = torch.tensor([[*sides, 0, 0, *sides]])
             added = {"text_embeds": outputs[1].text_embeds.float().cpu(), "time_ids": times}
             return {"encoder_hidden_states": clip, "added_cond_kwargs": added}
         t5 = outputs[2][0].float().cpu()
