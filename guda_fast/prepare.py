@@ -102,7 +102,7 @@ class Asked:
 
 
 def _checked(asked: Asked, bank: DeltaBank, protocol: Protocol, how: Execution) -> tuple[torch.device, QuerySet]:
-    """The device and the queries, after everything that can be found wrong without a forward."""
+    """The device and the queries, after everything that can be found wrong without a forward of the model."""
     if not isinstance(bank, DeltaBank):
         raise TypeError(f"attribute: bank must be a DeltaBank, got {describe(bank)}")
     if not isinstance(protocol, Protocol):
@@ -115,6 +115,8 @@ def _checked(asked: Asked, bank: DeltaBank, protocol: Protocol, how: Execution) 
     _check_schedule(bank, protocol)
     query_set = _load(asked, bank.model)
     bank.survey()
+    if asked.latents is not None:  # last, because it takes longest
+        query_set = replace(query_set, x0=asked.latents.encode(query_set.x0, query_set.ids))
     return device, query_set
 
 
@@ -240,7 +242,7 @@ def _check_flow(bank: DeltaBank, used: Schedule | FlowSchedule) -> None:
 
 
 def _load(asked: Asked, model: nn.Module) -> QuerySet:
-    """The queries as the model takes them, with their conditions."""
+    """The queries and their conditions; x0 is still that of the images where latents are to be made."""
     config, latents = getattr(model, "config", None), asked.latents
     channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
     if not (latents is None or isinstance(latents, Latents)):
@@ -253,6 +255,10 @@ def _load(asked: Asked, model: nn.Module) -> QuerySet:
             f"attribute: bank must hold a model with {channels} output channels, or {2 * channels} with learned "
             f"variance, got {outputs}"
         )
+    if latents is not None and latents.latent_channels != channels:
+        raise ValueError(
+            f"attribute: latents must have the model's {channels} channels, got a VAE of {latents.latent_channels}"
+        )
     pixels = 1 if latents is None else latents.factor
     sides = None if size is None else (size, size) if isinstance(size, int) else tuple(size)
     found = load_queries(
@@ -263,14 +269,7 @@ def _load(asked: Asked, model: nn.Module) -> QuerySet:
         conditions=asked.conditions,
     )
     check_conditions(model, found.conditions)
-    if latents is None:
-        return found
-    encoded = replace(found, x0=latents.encode(found.x0, found.ids))
-    if encoded.x0.shape[1] != channels:
-        raise ValueError(
-            f"attribute: latents must have the model's {channels} channels, got a VAE of {encoded.x0.shape[1]}"
-        )
-    return encoded
+    return found
 
 
 def _given_channels(queries: QuerySource) -> int:

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import AuraFlowTransformer2DModel, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import nn
 
 import guda_fast as gf
@@ -110,6 +110,27 @@ def test_scores_of_a_transformer_are_those_of_a_loop(plan: str, precision: str) 
     np.testing.assert_allclose(result.scores, scores, rtol=0, atol=1e-5 * scale)
     with pytest.raises(ValueError, match=r"pooled_projections \(pooled_projection_dim=10\)"):
         gf.attribute(x0, bank, protocol, conditions={"encoder_hidden_states": given["encoder_hidden_states"]})
+
+
+def test_a_transformer_that_takes_s_itself() -> None:
+    base = randomised(
+        AuraFlowTransformer2DModel, sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=1,
+        num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=FEATURES,
+        caption_projection_dim=16, pos_embed_max_size=16,
+    )  # fmt: skip
+    other = perturbed(base, 0.02, 1)
+    bank = gf.DeltaBank.load(base, {"g": other}, scheduler=SCHEDULER)
+    random = torch.Generator().manual_seed(2)
+    x0 = torch.randn(2, 4, 8, 8, generator=random)
+    given = {"encoder_hidden_states": torch.randn(2, TOKENS, FEATURES, generator=random)}
+    with pytest.raises(ValueError, match="a FlowSchedule with timestep_scale=1 for AuraFlow.*, got 100"):
+        gf.attribute(x0, bank, gf.Protocol.from_scheduler(SCHEDULER, start=5, stride=60), conditions=given)
+    schedule = gf.FlowSchedule.from_scheduler(SCHEDULER, timestep_scale=1.0)
+    protocol = gf.Protocol.from_scheduler(schedule, start=5, stride=60)
+    result = gf.attribute(x0, bank, protocol, conditions=given, precision="fp64")
+    conditions = gf.Conditions(given, torch.arange(2))
+    errors = [loop_errors(copy.deepcopy(m).double(), x0, result.query_ids, conditions, protocol) for m in (base, other)]
+    np.testing.assert_allclose(result.scores[:, 0], (errors[1] - errors[0]).sum(1), rtol=1e-5)
 
 
 def test_closed_form_score() -> None:

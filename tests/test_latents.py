@@ -29,7 +29,11 @@ def test_the_mode_scaled_and_shifted(images, shift: float | None) -> None:
     found = latents.encode(images, IDS)
     wanted = torch.cat([(vae.encode(image[None]).latent_dist.mode() - (shift or 0)) * 1.7 for image in images])
     assert torch.equal(found, wanted)
-    assert found.shape == (5, 4, IMAGE // 2, IMAGE // 2) and latents.factor == 2 and latents.channels == 3
+    assert found.shape == (5, 4, IMAGE // 2, IMAGE // 2) and (
+        latents.factor,
+        latents.channels,
+        latents.latent_channels,
+    ) == (2, 3, 4)
     assert torch.equal(latents.encode(images[3:4], IDS[3:4]), found[3:4])
     assert set(latents.to_dict()) == {"vae", "mode"}
 

@@ -47,7 +47,7 @@ class Latents:
         self.seed = check_int("Latents", "seed", seed, 0, 2**64 - 1)
         self._vae = vae if isinstance(vae, nn.Module) else _load(vae, device)
         config = getattr(self._vae, "config", None)
-        needed = ("in_channels", "block_out_channels", "scaling_factor")
+        needed = ("in_channels", "latent_channels", "block_out_channels", "scaling_factor")
         if any(getattr(config, name, None) is None for name in needed) or not hasattr(self._vae, "encode"):
             raise TypeError(f"Latents: vae must be a VAE of diffusers or its folder, got {type(self._vae).__name__}")
         if getattr(config, "latents_mean", None) is not None or getattr(config, "latents_std", None) is not None:
@@ -61,6 +61,11 @@ class Latents:
     def channels(self) -> int:
         """Of the images that it takes."""
         return int(self._config.in_channels)
+
+    @property
+    def latent_channels(self) -> int:
+        """Of the latents that it makes."""
+        return int(self._config.latent_channels)
 
     @property
     def factor(self) -> int:
