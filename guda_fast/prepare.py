@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +12,12 @@ from torch import nn
 
 from guda_fast._validate import check_bool, check_choice, check_int, describe
 from guda_fast.audit import PrecisionAudit, audit
+from guda_fast.datasets.conditions import ConditionSource, check_conditions
+from guda_fast.datasets.latents import Latents
 from guda_fast.datasets.queries import QuerySet, QuerySource, load_queries
 from guda_fast.deltas import DeltaBank
-from guda_fast.diffusion import Protocol, Schedule
+from guda_fast.diffusion import FlowSchedule, Protocol, Schedule
+from guda_fast.diffusion.flow import is_flow
 from guda_fast.errors import PrecisionError
 from guda_fast.forward import PLANS, POLICIES, SAFE_COSINE, Engine, Precision, fastest_first, policy
 
@@ -66,14 +70,18 @@ def prepare(
     how: Execution,
     *,
     ids: Sequence[int] | None = None,
+    conditions: ConditionSource | None = None,
+    latents: Latents | None = None,
 ) -> Prepared:
     """Check the arguments of ``attribute``, read every delta once, and make the engine."""
-    device, query_set = _checked(queries, bank, protocol, how, ids)
+    asked = Asked(queries, ids, conditions, latents)
+    device, query_set = _checked(asked, bank, protocol, how)
     precision, cosine, found = _decide(bank, protocol, query_set, how, device)
     engine = Engine(
         bank,
         protocol,
         query_set.x0.shape[1:],
+        conditions=query_set.conditions,
         device=device,
         precision=precision,
         batch_size=how.batch_size,
@@ -83,10 +91,18 @@ def prepare(
     return Prepared(engine, query_set, cosine, found)
 
 
-def _checked(
-    queries: QuerySource, bank: DeltaBank, protocol: Protocol, how: Execution, ids: Sequence[int] | None
-) -> tuple[torch.device, QuerySet]:
-    """The device and the queries, after everything that can be found wrong without a forward."""
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The queries as the caller of ``attribute`` gives them."""
+
+    queries: QuerySource
+    ids: Sequence[int] | None = None
+    conditions: ConditionSource | None = None
+    latents: Latents | None = None
+
+
+def _checked(asked: Asked, bank: DeltaBank, protocol: Protocol, how: Execution) -> tuple[torch.device, QuerySet]:
+    """The device and the queries, after everything that can be found wrong without a forward of the model."""
     if not isinstance(bank, DeltaBank):
         raise TypeError(f"attribute: bank must be a DeltaBank, got {describe(bank)}")
     if not isinstance(protocol, Protocol):
@@ -96,10 +112,11 @@ def _checked(
         raise ValueError(
             f"attribute: bank must hold its base, got group {bank.applied_group!r} applied; call bank.restore()"
         )
-    _check_unconditional(bank.model)
     _check_schedule(bank, protocol)
-    query_set = _load(queries, bank.model, ids)
+    query_set = _load(asked, bank.model)
     bank.survey()
+    if asked.latents is not None:  # last, because it takes longest
+        query_set = replace(query_set, x0=asked.latents.encode(query_set.x0, query_set.ids))
     return device, query_set
 
 
@@ -109,13 +126,15 @@ def precision_audit(
     protocol: Protocol,
     *,
     precision: str,
+    conditions: ConditionSource | None = None,
+    latents: Latents | None = None,
     device: torch.device | str | None = None,
     plan: str = AUTO,
     batch_size: int | None = None,
 ) -> PrecisionAudit:
     """Score up to 8 of the queries at up to 8 of the timesteps in float32 and in a precision, and compare.
 
-    bank, queries, protocol, device, plan, batch_size: as in ``attribute``.
+    bank, queries, protocol, conditions, latents, device, plan, batch_size: as in ``attribute``.
     precision: "bf16", or on CUDA "fp16" or "tf32".
 
     Returns a PrecisionAudit with the relative error of the scores and the share of pairs of groups that keep their
@@ -126,7 +145,7 @@ def precision_audit(
     >>> print(gf.precision_audit(bank, images, protocol, precision="bf16"))  # doctest: +SKIP
     """
     how = Execution(batch_size, device, precision, plan)
-    place, query_set = _checked(queries, bank, protocol, how, None)
+    place, query_set = _checked(Asked(queries, None, conditions, latents), bank, protocol, how)
     chosen = policy("precision_audit", precision, place)
     return audit(bank, protocol, query_set, chosen, device=place, plan=plan, batch_size=batch_size)
 
@@ -183,23 +202,14 @@ def _check_device(device: torch.device | str | None) -> torch.device:
     return chosen
 
 
-_CONDITIONS = ("num_class_embeds", "class_embed_type", "cross_attention_dim", "num_embeds_ada_norm")
-
-
-def _check_unconditional(model: nn.Module) -> None:
-    config = getattr(model, "config", {})
-    for key in _CONDITIONS:
-        if isinstance(config, Mapping) and config.get(key) is not None:
-            raise ValueError(
-                f"attribute: bank must hold an unconditional model, got {type(model).__name__} with {key}={config[key]}"
-            )
-
-
 def _check_schedule(bank: DeltaBank, protocol: Protocol) -> None:
     if bank.scheduler is None:
         return
-    trained = Schedule.from_scheduler(bank.scheduler)
     used = protocol.schedule
+    if isinstance(used, FlowSchedule) or is_flow(bank.scheduler):
+        _check_flow(bank, used)
+        return
+    trained = Schedule.from_scheduler(bank.scheduler)
     if trained.prediction_type != used.prediction_type:
         raise ValueError(
             f"attribute: protocol must have the bank's prediction type {trained.prediction_type!r}, "
@@ -212,20 +222,60 @@ def _check_schedule(bank: DeltaBank, protocol: Protocol) -> None:
         )
 
 
-def _load(queries: QuerySource, model: nn.Module, ids: Sequence[int] | None) -> QuerySet:
-    config = getattr(model, "config", None)
+# Networks that multiply their timestep by 1000 themselves.
+_UNIT_TIME = ("AuraFlowTransformer2DModel",)
+
+
+def _check_flow(bank: DeltaBank, used: Schedule | FlowSchedule) -> None:
+    """A flow's model knows every noise level, so that any grid of them will do."""
+    trained: Mapping[str, Any] = bank.scheduler or {}
+    if not (isinstance(used, FlowSchedule) and is_flow(trained)):
+        raise ValueError(
+            f"attribute: protocol must have the schedule of the bank's {trained.get('_class_name')}, got a "
+            f"{type(used).__name__}"
+        )
+    if type(bank.model).__name__ in _UNIT_TIME and used.timestep_scale != 1:
+        raise ValueError(
+            f"attribute: protocol must have a FlowSchedule with timestep_scale=1 for {type(bank.model).__name__}, got "
+            f"{used.timestep_scale:g}"
+        )
+
+
+def _load(asked: Asked, model: nn.Module) -> QuerySet:
+    """The queries and their conditions; x0 is still that of the images where latents are to be made."""
+    config, latents = getattr(model, "config", None), asked.latents
     channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+    if not (latents is None or isinstance(latents, Latents)):
+        raise TypeError(f"attribute: latents must be Latents, got {describe(latents)}")
     if channels is None:
-        if not isinstance(queries, torch.Tensor) or queries.dim() != 4:
-            raise TypeError(
-                "attribute: queries must be a tensor of shape (N, C, H, W) for a model whose config does not say its "
-                f"channels, got {describe(queries)}"
-            )
-        channels = queries.shape[1]
+        channels = _given_channels(asked.queries)
     outputs = getattr(config, "out_channels", channels)
-    if outputs not in (channels, 2 * channels):
+    if outputs not in (None, channels, 2 * channels):
         raise ValueError(
             f"attribute: bank must hold a model with {channels} output channels, or {2 * channels} with learned "
             f"variance, got {outputs}"
         )
-    return load_queries(queries, channels=channels, size=tuple(size) if isinstance(size, list) else size, ids=ids)
+    if latents is not None and latents.latent_channels != channels:
+        raise ValueError(
+            f"attribute: latents must have the model's {channels} channels, got a VAE of {latents.latent_channels}"
+        )
+    pixels = 1 if latents is None else latents.factor
+    sides = None if size is None else (size, size) if isinstance(size, int) else tuple(size)
+    found = load_queries(
+        asked.queries,
+        channels=channels if latents is None else latents.channels,
+        size=None if sides is None else (pixels * sides[0], pixels * sides[1]),
+        ids=asked.ids,
+        conditions=asked.conditions,
+    )
+    check_conditions(model, found.conditions)
+    return found
+
+
+def _given_channels(queries: QuerySource) -> int:
+    if not isinstance(queries, torch.Tensor) or queries.dim() != 4:
+        raise TypeError(
+            "attribute: queries must be a tensor of shape (N, C, H, W) for a model whose config does not say its "
+            f"channels, got {describe(queries)}"
+        )
+    return queries.shape[1]

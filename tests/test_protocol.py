@@ -85,7 +85,7 @@ def test_the_order_of_timesteps_does_not_matter() -> None:
 
 
 def test_wrong_types_are_named() -> None:
-    with pytest.raises(TypeError, match="schedule must be a Schedule, got DDPMScheduler"):
+    with pytest.raises(TypeError, match="schedule must be a Schedule or a FlowSchedule, got DDPMScheduler"):
         Protocol(DDPMScheduler(), (1,))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="antithetic must be"):
         Protocol(SCHEDULE, (1,), antithetic="no")  # type: ignore[arg-type]

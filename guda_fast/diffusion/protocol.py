@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from guda_fast._validate import check_bool, check_int, describe
+from guda_fast.diffusion.flow import FlowSchedule, read_schedule
 from guda_fast.diffusion.query_id import NOISE_CONTRACT
-from guda_fast.diffusion.schedule import FloatArray, IntArray, Schedule, Scheduler
+from guda_fast.diffusion.schedule import Float32Array, FloatArray, IntArray, Schedule, Scheduler
 
 MAX_INDEX = 2**16 - 1  # the noise contract packs timestep and sample into one 32-bit word
 
@@ -22,13 +22,15 @@ MAX_INDEX = 2**16 - 1  # the noise contract packs timestep and sample into one 3
 class DrawTable:
     """The draws of a protocol in its order: timestep by timestep, samples innermost.
 
-    timestep, sample: [(D,), int64]. weight: factor of the squared error of the model's own prediction, already
-    divided by the samples per timestep [(D,), float64]. x0_scale, eps_scale: x_t = x0_scale x0 + eps_scale eps;
+    timestep, sample: [(D,), int64]. model_timestep: the timestep as the model takes it [(D,), int64 or float32].
+    weight: factor of the squared error of the model's own prediction, already divided by the samples per timestep
+    [(D,), float64]. x0_scale, eps_scale: x_t = x0_scale x0 + eps_scale eps;
     target_x0_scale, target_eps_scale: the same for what the model should predict [(D,), float64].
     """
 
     timestep: IntArray
     sample: IntArray
+    model_timestep: IntArray | Float32Array
     weight: FloatArray
     x0_scale: FloatArray
     eps_scale: FloatArray
@@ -48,7 +50,8 @@ class Protocol:
 
     schedule: the noise schedule of the model.
     timesteps: distinct indices, kept in rising order [1..T-1 for named weightings; at most 65,535].
-    weighting: "elbo", "elbo_fixed_large", "simple" or one weight a timestep (see ``Schedule.weights``).
+    weighting: "elbo", "elbo_fixed_large" (not for flows), "simple" or one weight a timestep (see ``Schedule.weights``
+        and ``FlowSchedule.weights``).
     samples: noise samples a timestep [1..65,536; even when antithetic].
     seed: of the noise contract [0..2^64-1].
     antithetic: odd samples negate the noise of the sample before.
@@ -61,7 +64,7 @@ class Protocol:
     (99, 99)
     """
 
-    schedule: Schedule
+    schedule: Schedule | FlowSchedule
     timesteps: tuple[int, ...]
     weighting: str | tuple[float, ...] = "elbo"
     samples: int = 1
@@ -69,8 +72,8 @@ class Protocol:
     antithetic: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schedule, Schedule):
-            raise TypeError(f"Protocol: schedule must be a Schedule, got {describe(self.schedule)}")
+        if not isinstance(self.schedule, Schedule | FlowSchedule):
+            raise TypeError(f"Protocol: schedule must be a Schedule or a FlowSchedule, got {describe(self.schedule)}")
         check_bool("Protocol", "antithetic", self.antithetic)
         steps = self.schedule.check_timesteps(self.timesteps)
         if steps.size == 0:
@@ -93,7 +96,7 @@ class Protocol:
     @classmethod
     def from_scheduler(
         cls,
-        scheduler: Schedule | Scheduler | Mapping[str, Any] | str | Path,
+        scheduler: Schedule | FlowSchedule | Scheduler | Mapping[str, Any] | str | Path,
         *,
         start: int = 1,
         stop: int | None = None,
@@ -105,9 +108,10 @@ class Protocol:
     ) -> Protocol:
         """A protocol over the timesteps start, start + stride, ... below stop (the schedule's length).
 
-        scheduler: a Schedule, or whatever ``Schedule.from_scheduler`` reads. Other arguments: see the class.
+        scheduler: a schedule, or whatever ``Schedule.from_scheduler`` or ``FlowSchedule.from_scheduler`` reads.
+        Other arguments: see the class.
         """
-        schedule = scheduler if isinstance(scheduler, Schedule) else Schedule.from_scheduler(scheduler)
+        schedule = scheduler if isinstance(scheduler, Schedule | FlowSchedule) else read_schedule(scheduler)
         check_int("Protocol", "start", start, 0, len(schedule) - 1)
         check_int("Protocol", "stride", stride, 1)
         stop = len(schedule) if stop is None else check_int("Protocol", "stop", stop, start + 1, len(schedule))
@@ -129,6 +133,7 @@ class Protocol:
         return DrawTable(
             timestep=timestep,
             sample=np.tile(np.arange(self.samples, dtype=np.int64), len(self.timesteps)),
+            model_timestep=self.schedule.model_timesteps(timestep),
             weight=np.repeat(weight, self.samples),
             x0_scale=x0_scale,
             eps_scale=eps_scale,
@@ -144,7 +149,6 @@ class Protocol:
             "samples": self.samples,
             "seed": self.seed,
             "antithetic": self.antithetic,
-            "prediction_type": self.schedule.prediction_type,
-            "betas": hashlib.blake2b(self.schedule.betas.astype("<f8").tobytes(), digest_size=16).hexdigest(),
+            **self.schedule.to_dict(),
             "noise_contract": NOISE_CONTRACT,
         }

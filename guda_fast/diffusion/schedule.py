@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 WEIGHTINGS = ("elbo", "elbo_fixed_large", "simple")
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
+Float32Array = np.ndarray[Any, np.dtype[np.float32]]
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -79,7 +81,7 @@ class Schedule:
         FileNotFoundError for a missing file.
         """
         if isinstance(scheduler, str | Path):
-            scheduler = _read_config(Path(scheduler))
+            scheduler = read_config(Path(scheduler))
         if isinstance(scheduler, Mapping):
             scheduler = _build_scheduler(scheduler)
         betas = getattr(scheduler, "betas", None)
@@ -112,6 +114,10 @@ class Schedule:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t): the factors of x0 and eps in x_t [(D,), float64 each]."""
         alpha_bar = self.alpha_bar[self.check_timesteps(timesteps)]
         return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+
+    def model_timesteps(self, timesteps: Sequence[int] | IntArray) -> IntArray:
+        """What the model takes as its timestep: the indices themselves [(D,), int64]."""
+        return self.check_timesteps(timesteps)
 
     def target_scales(self, timesteps: Sequence[int] | IntArray) -> tuple[FloatArray, FloatArray]:
         """The factors of x0 and eps in what the model should predict [(D,), float64 each].
@@ -164,6 +170,11 @@ class Schedule:
             raise ValueError(f"Schedule: timesteps must be between 0 and {len(self) - 1}, got {found}")
         return t.astype(np.int64)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What scores depend on, as JSON values."""
+        digest = hashlib.blake2b(self.betas.astype("<f8").tobytes(), digest_size=16).hexdigest()
+        return {"prediction_type": self.prediction_type, "betas": digest}
+
     def _elbo_weights(self, t: IntArray, fixed_large: bool) -> FloatArray:
         beta, alpha_bar, previous = self.betas[t], self.alpha_bar[t], self.alpha_bar[t - 1]
         variance = 1 - alpha_bar if fixed_large else 1 - previous
@@ -190,7 +201,8 @@ class Schedule:
         return given * self._noise_error_factor(t)
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
+def read_config(path: Path) -> Mapping[str, Any]:
+    """A scheduler's configuration from its file, or from the folder that holds it."""
     file = path / "scheduler_config.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"Schedule: {file} must be a scheduler configuration, found no such file")
