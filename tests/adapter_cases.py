@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 
 from guda_fast.deltas import DeltaBank
 from guda_fast.deltas.delta import LowRank
-from guda_fast.deltas.weights import named_tensors
+from guda_fast.deltas.formats.lora import converted, is_lora
+from guda_fast.deltas.formats.state_dict import from_mapping, open_file
+from guda_fast.deltas.weights import Weights, named_tensors
 from guda_fast.forward._routing import RowModels
 from guda_fast.forward.batched import BatchedModel
 
+State = dict[str, Tensor]
 EPSILON = torch.finfo(torch.float32).eps
 CLASSES = 5
 
@@ -58,6 +62,13 @@ def randomised(model: nn.Module, seed: int = 0, only: str = "") -> nn.Module:
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The names that a reader of adapters takes."""
     return {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+
+
+def read_lora(source: Path | State, base: nn.Module, scale: float = 1.0) -> Weights:
+    """What the reader of LoRA files makes of one."""
+    weights = open_file(source) if isinstance(source, Path) else from_mapping(source, "g")
+    assert is_lora(weights)
+    return converted(weights, shapes(base), scale)
 
 
 def merged(injected: nn.Module) -> nn.Module:

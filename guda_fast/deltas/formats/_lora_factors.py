@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -26,8 +25,8 @@ _STEMS = {
 _SUFFIXES = {
     **{f"{stem}.weight": role for role, stems in _STEMS.items() for stem in stems},
     **{f"{stem}.bias": "bias" for stem in _STEMS["up"]},
-    ".lora_embedding_A": "embedding down",
-    ".lora_embedding_B": "embedding up",
+    ".lora_embedding_A": "down",
+    ".lora_embedding_B": "up",
     ".alpha": "alpha",
 }
 _OTHER_KINDS = {
@@ -64,7 +63,7 @@ def low_rank(
     # All of them first, because what a file is says more than that one of its keys is unknown.
     _check_kind(weights)
     refuse_text_encoders(
-        replace(weights, entries={shorter_keys[key]: entry for key, entry in weights.entries.items()}), names
+        replace(weights, entries={shorter_keys[key]: weights.entries[key] for key in shorter_keys}), names
     )
     for key, shorter in shorter_keys.items():
         entry = weights.entries[key]
@@ -115,13 +114,11 @@ def _put_whole(
     entries: dict[str, Entry], shorter: str, key: str, entry: Entry, names: Mapping[str, tuple[int, ...]]
 ) -> None:
     """A parameter that an adapter holds whole: of PEFT's ``modules_to_save``, or a bias that was trained."""
-    copied = ".modules_to_save." in shorter
     name = shorter.replace(".modules_to_save.", ".").replace(".base_layer.bias", ".bias")
     if name not in names:
         raise CheckpointError(f"{entry.origin}: key {key!r} is not in the base, and no LoRA's factor")
-    # Where biases are trained too, PEFT writes those of modules_to_save twice.
-    if not (copied and name in entries):
-        entries[name] = entry
+    # Where biases are trained too, PEFT writes those of modules_to_save twice, under two keys.
+    entries[name] = entry
 
 
 class _Factored:
@@ -140,14 +137,16 @@ class _Factored:
 
     def factors(self, shape: tuple[int, ...], settings: Settings | None, scale: float) -> Factors:
         """The difference of the module's weight, whose shape is given."""
-        kind = "embedding " if self.given.keys() & {"embedding down", "embedding up"} else ""
-        for role in (f"{kind}down", f"{kind}up"):
+        for role in ("down", "up"):
             if role not in self.given:
                 key, entry = next(iter(self.given.values()))
                 raise _refused(entry, key, f"must come with the {role} factor of {self._module!r}, found none")
-        (down_key, down), (up_key, up) = self.given[f"{kind}down"], self.given[f"{kind}up"]
-        transposed = bool(kind) or (settings is not None and settings.transposed and len(shape) == 2)
-        _check_shapes(down_key, down, up_key, up, (shape[1], shape[0]) if transposed else shape)
+        (down_key, down), (up_key, up) = self.given["down"], self.given["up"]
+        # PEFT's factors of an embedding are those of a linear layer whose weight is the transposed one.
+        transposed = ".lora_embedding_" in down_key or (
+            settings is not None and settings.transposed and len(shape) == 2
+        )
+        _check_shapes(down_key, down, up_key, up, shape[::-1] if transposed else shape)
         total = scale * self._scale(settings, down.shape[0])
         read = partial(_read, down_key, down, up_key, up, total, transposed=transposed)
         return Factors(down.origin, down_key, read, shape, wide(down.dtype, up.dtype))
@@ -161,12 +160,11 @@ class _Factored:
         if entry.shape != shape:
             raise _refused(entry, key, f"must have shape {shape} as in the base, found {entry.shape}")
         total = scale * self._scale(settings, self.given["down"][1].shape[0])
-        read: Callable[[], Any] = partial(_read_bias, key, entry, total)
-        return Factors(entry.origin, key, read, shape, wide(entry.dtype))
+        return Factors(entry.origin, key, partial(_read_bias, key, entry, total), shape, wide(entry.dtype))
 
     def _scale(self, settings: Settings | None, rank: int) -> float:
         if settings is not None:
-            key, entry = self.given.get("down") or self.given["embedding down"]
+            key, entry = self.given["down"]
             if settings.rank_of(self._module) != rank:
                 wanted = f"must have rank {settings.rank_of(self._module)} as in {settings.origin}, found {rank}"
                 raise _refused(entry, key, wanted)
