@@ -287,3 +287,16 @@ def test_members_of_an_archive_that_leave_it(base: torch.nn.Module, state: State
     with bounded(), suppress(CheckpointError):
         DeltaBank.load(base, {"g": path}).survey()
     assert sorted(tmp_path.rglob("*")) == before  # nothing is ever unpacked
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "unet.", "shadow_params.", "base_model.model.", "lora_unet_", "a.", "a_"]
+)
+@pytest.mark.parametrize("end", ["conv_in.weight", "conv_in.lora_A.weight", "conv_in.lora_down.weight"])
+def test_names_of_many_characters(base: torch.nn.Module, tmp_path: Path, prefix: str, end: str) -> None:
+    """Wrappers in wrappers, which would be taken off one by one."""
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({prefix * (1_000_000 // len(prefix)) + end: torch.ones(1)}, path)
+    refused(base, path, f"^{path}: key '{prefix}.*' must have at most 1000 characters, found ")
+    many = {prefix * (900 // len(prefix)) + f"{i}.{end}": torch.ones(1) for i in range(10_000)}
+    refused(base, many, r"^counterfactuals\['g'\]: ")

@@ -15,6 +15,8 @@ from guda_fast.errors import CheckpointError
 
 # Where training scripts put the model inside a checkpoint, in the order in which they are looked for.
 CONTAINERS = ("unet_state_dict", "model_state_dict", "state_dict", "unet")
+# More than anybody has; a file may hold names of a hundred thousand.
+_MOST_WRAPPERS = 8
 _PREFIXES = ("module.", "_orig_mod.", *(f"{container}." for container in CONTAINERS))
 
 
@@ -81,7 +83,10 @@ class Weights:
     def named_like(self, expected: Collection[str]) -> Weights:
         """The same tensors without the wrapper prefixes (``module.``, ``unet.``, ...) that ``expected`` lacks."""
         entries = dict(self.entries)
-        while prefix := next((p for p in _PREFIXES if _all_start(entries, p) and not _all_start(expected, p)), ""):
+        for _ in range(_MOST_WRAPPERS):
+            prefix = next((p for p in _PREFIXES if _all_start(entries, p) and not _all_start(expected, p)), "")
+            if not prefix:
+                break
             entries = {name.removeprefix(prefix): entry for name, entry in entries.items()}
         return replace(self, entries=entries)
 

@@ -12,8 +12,10 @@ from guda_fast.errors import CheckpointError
 _UNET = "model.diffusion_model."
 _AVERAGE = "model_ema."
 _TEXT = ("cond_stage_model.", "conditioner.", "embed")
-_IGNORED = (_UNET, _AVERAGE, "first_stage_model.", "scale_factor", "logvar", "betas", "alphas_", "sqrt_", "log_one_")
-_IGNORED += ("posterior_", "lvlb_weights", "model_ema_", "denoiser.")
+_IGNORED = (
+    *(_UNET, _AVERAGE, "model_ema_", "first_stage_model.", "denoiser.", "scale_factor", "logvar", "lvlb_weights"),
+    *("betas", "alphas_", "sqrt_", "log_one_", "posterior_"),
+)
 _CLASS = "UNet2DConditionModel"
 
 
@@ -83,13 +85,12 @@ def _renamed(unet: Mapping[str, Entry], config: Mapping[str, Any], origin: str) 
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     given: dict[str, Entry | None] = {_UNET + name: entry for name, entry in unet.items()}
-    # The conversion counts the blocks that it sees; of a part it must see them all to number them rightly.
-    blocks = len(config["block_out_channels"]) * (int(config["layers_per_block"]) + 1)
-    for block in range(blocks):
-        given[f"{_UNET}input_blocks.{block}.none"] = given[f"{_UNET}output_blocks.{block}.none"] = None
-    for block in range(3):
-        given[f"{_UNET}middle_block.{block}.none"] = None
     try:
+        # The conversion counts the blocks that it sees; of a part it must see them all to number them rightly.
+        for block in range(len(config["block_out_channels"]) * (config["layers_per_block"] + 1)):
+            given[f"{_UNET}input_blocks.{block}.none"] = given[f"{_UNET}output_blocks.{block}.none"] = None
+        for block in range(3):
+            given[f"{_UNET}middle_block.{block}.none"] = None
         found: dict[str, Entry | None] = convert_ldm_unet_checkpoint(given, config)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(

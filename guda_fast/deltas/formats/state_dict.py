@@ -22,6 +22,7 @@ from guda_fast.errors import CheckpointError
 SHADOWS = "shadow_params."
 """How the tensors of an ``EMAModel`` are called here; the file has a list of them."""
 _TEXT_ENCODERS = ("text_encoder", "text_model.", "lora_te", "cond_stage_model.", "conditioner.", "modifier_token")
+_LONGEST_KEY = 1000
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
 _LFS_POINTER = b"version https://git-lfs"
@@ -77,15 +78,24 @@ def from_mapping(loaded: object, origin: str) -> Weights:
         state = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), Mapping)), loaded)
     if state is not loaded:
         _refuse_text_encoders([key for key, value in loaded.items() if isinstance(value, Mapping) and value], origin)
-    for key in state:
-        if not isinstance(key, str):
-            raise CheckpointError(f"{origin}: keys must be strings, found {key!r}")
+    _check_keys(state, origin)
     if not any(isinstance(value, torch.Tensor) for value in state.values()):
         found = ", ".join(repr(key) for key in list(state)[:5]) or "nothing"
         raise CheckpointError(
             f"{origin}: must hold tensors by name, at the top or under one of {', '.join(CONTAINERS)}; found {found}"
         )
     return Weights(origin, {key: entry_of(value, origin) for key, value in state.items()})
+
+
+def _check_keys(keys: Iterable[object], origin: str) -> None:
+    """Refuse keys that are no names: what readers do with a name may take time that grows with its square."""
+    for key in keys:
+        if not isinstance(key, str):
+            raise CheckpointError(f"{origin}: keys must be strings, found {key!r}")
+        if len(key) > _LONGEST_KEY:
+            raise CheckpointError(
+                f"{origin}: key '{key[:40]}...' must have at most {_LONGEST_KEY} characters, found {len(key)}"
+            )
 
 
 def refuse_text_encoders(weights: Weights, known: Collection[str]) -> None:
@@ -148,6 +158,7 @@ def _open_safetensors(path: Path) -> Weights:
         raise CheckpointError(f"{path}: damaged or truncated safetensors file: {error}") from error
     values = 8 + int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(values)[8:])
+    _check_keys(header, str(path))
     entries = {}
     for key, about in header.items():
         if key != "__metadata__":
