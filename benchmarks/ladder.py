@@ -28,6 +28,7 @@ from guda_fast import DeltaBank
 from guda_fast.datasets.queries import load_queries
 from guda_fast.estimators import Full
 from guda_fast.forward import POLICIES, Engine
+from guda_fast.forward._routing import Inputs
 
 # "own compiled" is the engine itself, with its resident model compiled.
 ALL = frozenset({"reference", "eager", "compiled", "own compiled", "vmap", "peft", "bare"})
@@ -91,7 +92,7 @@ class Ours:
 
     def forward(self, x_t: Tensor, timestep: Tensor) -> object:
         """One batch through the resident model, as a run calls it."""
-        return self._engine.swap.forward(x_t, timestep)
+        return self._engine.swap.forward(Inputs(x_t, timestep, {}))
 
 
 def job_case(job: Job, quick: bool, mode: str | None = None) -> Case:

@@ -15,6 +15,7 @@ import guda_fast as gf
 from guda_fast.deltas import Delta, Dense, LowRank
 from guda_fast.errors import CancelledError
 from guda_fast.forward import POLICIES, Engine, NoisedQueries, Rows
+from guda_fast.forward._routing import Inputs
 from guda_fast.forward.batches import Batches
 from guda_fast.reference import add_noise
 from tiny import perturbed, tiny_unet
@@ -209,11 +210,11 @@ def test_the_batch_halves_when_memory_runs_out(base, x0, message: str | None) ->
     expected = engine.errors(queries, rows)
     run, sizes, done = engine.swap.forward, list[int](), list[int]()
 
-    def small(x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        if len(x_t) > 5:
+    def small(inputs: Inputs) -> torch.Tensor:
+        if len(inputs.x) > 5:
             raise torch.OutOfMemoryError("full") if message is None else RuntimeError(message)
-        sizes.append(len(x_t))
-        return run(x_t, timestep)
+        sizes.append(len(inputs.x))
+        return run(inputs)
 
     engine.swap.forward = Forward(small)  # type: ignore[assignment]
     found = engine.errors(queries, rows, done.append)
@@ -225,8 +226,8 @@ class Forward:
     def __init__(self, call: Callable[..., torch.Tensor]) -> None:
         self.call = call
 
-    def __call__(self, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return self.call(x_t, timestep)
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        return self.call(inputs)
 
     def forget_graphs(self) -> None:
         pass
@@ -234,7 +235,7 @@ class Forward:
 
 @pytest.mark.parametrize("size", [1, 8])
 def test_other_errors_are_not_taken_for_a_want_of_memory(x0, size: int) -> None:
-    def broken(x_t: torch.Tensor, timestep: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    def broken(inputs: Inputs, numbers: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("shapes differ" if size > 1 else "can't allocate memory")
 
     with pytest.raises(RuntimeError, match="shapes differ" if size > 1 else "can't allocate"):
@@ -250,16 +251,16 @@ def run_batches(batches: Batches, x0: torch.Tensor, rows: int, forward: Callable
 @pytest.mark.parametrize("size", [1, 2, 8, 24])
 def test_batches_cover_every_row_once_and_pad_little(x0, size: int) -> None:
     batches = Batches(size)
-    expected = run_batches(Batches(1), x0, 9 * size, lambda x_t, timestep, numbers: x_t)
+    expected = run_batches(Batches(1), x0, 9 * size, lambda inputs, numbers: inputs.x)
     for rows in range(1, 9 * size):
         seen: list[torch.Tensor] = []
         x_ts: list[torch.Tensor] = []
 
-        def forward(x_t: torch.Tensor, timestep: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-            assert len(x_t) == len(timestep) == len(numbers)
+        def forward(inputs: Inputs, numbers: torch.Tensor) -> torch.Tensor:
+            assert len(inputs.x) == len(inputs.timestep) == len(numbers)
             seen.append(numbers)  # noqa: B023 (called within the turn)
-            x_ts.append(x_t)  # noqa: B023
-            return x_t
+            x_ts.append(inputs.x)  # noqa: B023
+            return inputs.x
 
         found = run_batches(batches, x0, rows, forward)
         assert torch.equal(found, expected[:rows])

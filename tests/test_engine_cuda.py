@@ -55,7 +55,7 @@ def test_one_graph_a_size_serves_all_models(models) -> None:
     for _ in range(2):
         engine.errors(queries, Rows.product(5, [0, 1, 2, 3], PROTOCOL.draws))
     assert {name: p.data_ptr() for name, p in bank.model.named_parameters()} == pointers
-    assert sorted(shape[0] for shape in engine.swap.forward._graphs) == [1, 8]  # 25 rows are 3 x 8 + 1
+    assert sorted(key[0][1][0] for key in engine.swap.forward._graphs) == [1, 8]  # 25 rows are 3 x 8 + 1
 
 
 def test_both_switches_for_float32_products_come_back(models) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from guda_fast._validate import check_bool, check_int, describe
 from guda_fast.diffusion.query_id import NOISE_CONTRACT
-from guda_fast.diffusion.schedule import FloatArray, IntArray, Schedule, Scheduler
+from guda_fast.diffusion.schedule import Float32Array, FloatArray, IntArray, Schedule, Scheduler
 
 MAX_INDEX = 2**16 - 1  # the noise contract packs timestep and sample into one 32-bit word
 
@@ -22,13 +22,14 @@ MAX_INDEX = 2**16 - 1  # the noise contract packs timestep and sample into one 3
 class DrawTable:
     """The draws of a protocol in its order: timestep by timestep, samples innermost.
 
-    timestep, sample: [(D,), int64]. weight: factor of the squared error of the model's own prediction, already
+    timestep, sample: [(D,), int64]. model_timestep: the timestep as the model takes it [(D,), int64 or float32]. weight: factor of the squared error of the model's own prediction, already
     divided by the samples per timestep [(D,), float64]. x0_scale, eps_scale: x_t = x0_scale x0 + eps_scale eps;
     target_x0_scale, target_eps_scale: the same for what the model should predict [(D,), float64].
     """
 
     timestep: IntArray
     sample: IntArray
+    model_timestep: IntArray | Float32Array
     weight: FloatArray
     x0_scale: FloatArray
     eps_scale: FloatArray
@@ -129,6 +130,7 @@ class Protocol:
         return DrawTable(
             timestep=timestep,
             sample=np.tile(np.arange(self.samples, dtype=np.int64), len(self.timesteps)),
+            model_timestep=self.schedule.model_timesteps(timestep),
             weight=np.repeat(weight, self.samples),
             x0_scale=x0_scale,
             eps_scale=eps_scale,

@@ -18,6 +18,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 WEIGHTINGS = ("elbo", "elbo_fixed_large", "simple")
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
+Float32Array = np.ndarray[Any, np.dtype[np.float32]]
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -112,6 +113,10 @@ class Schedule:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t): the factors of x0 and eps in x_t [(D,), float64 each]."""
         alpha_bar = self.alpha_bar[self.check_timesteps(timesteps)]
         return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+
+    def model_timesteps(self, timesteps: Sequence[int] | IntArray) -> IntArray:
+        """What the model takes as its timestep: the indices themselves [(D,), int64]."""
+        return self.check_timesteps(timesteps)
 
     def target_scales(self, timesteps: Sequence[int] | IntArray) -> tuple[FloatArray, FloatArray]:
         """The factors of x0 and eps in what the model should predict [(D,), float64 each].

@@ -3,6 +3,7 @@
 from guda_fast.forward._routing import RowModels
 from guda_fast.forward.batched import BatchedModel
 from guda_fast.forward.batches import Advance
+from guda_fast.forward.conditions import Conditions
 from guda_fast.forward.engine import Engine
 from guda_fast.forward.fuse import fuse, fused_blocks, unfuse
 from guda_fast.forward.noised import NoisedQueries
@@ -18,6 +19,7 @@ __all__ = [
     "Advance",
     "BatchedModel",
     "Choice",
+    "Conditions",
     "Engine",
     "NoisedQueries",
     "Precision",

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from guda_fast._validate import check_tensor
+from guda_fast.forward.conditions import flat
 
 Kind = frozenset[str]
 """The factors that something depends on, of FACTORS."""
@@ -171,9 +172,13 @@ class Inputs(NamedTuple):
         conditions = map_rows(lambda tensor: tensor[rows], len(self.x), self.conditions)
         return Inputs(self.x[rows], self.timestep[rows], conditions)
 
-    def run(self, model: nn.Module) -> Tensor:
-        """The prediction, as diffusers' models give it."""
-        result: Tensor = model(self.x, self.timestep, **self.conditions, return_dict=False)[0]
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        return {"x": self.x, "timestep": self.timestep, **flat(self.conditions)}
+
+    def run(self, model: Callable[..., Any]) -> Tensor:
+        """The prediction, as diffusers' models give it; transformers take the prompt before the timestep."""
+        result: Tensor = model(self.x, timestep=self.timestep, **self.conditions, return_dict=False)[0]
         return result
 
 

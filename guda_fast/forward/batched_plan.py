@@ -11,31 +11,31 @@ from torch import Tensor
 from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion.schedule import FloatArray
 from guda_fast.errors import BatchedUnavailableError
-from guda_fast.forward._routing import RowModels
+from guda_fast.forward._routing import Inputs, RowModels
 from guda_fast.forward.batched import BatchedModel
 from guda_fast.forward.batches import Advance, Batches
 from guda_fast.forward.noised import NoisedQueries
 from guda_fast.forward.rows import Rows
-from guda_fast.forward.swap import example
+from guda_fast.forward.swap import Example
 
 
 class BatchedPlan:
     """Runs rows in batches of whatever models they have, model by model as far as that fills batches.
 
-    bank: holds its base, resident as for the swap plan. batches: rows a forward. shape: of one query (C, H, W).
+    bank: holds its base, resident as for the swap plan. batches: rows a forward. example: as for the swap plan.
     free: called before a batch that did not fit is tried again at half the size.
     Raises BatchedUnavailableError with the reason where the model or a delta does not allow it.
     """
 
     def __init__(
-        self, bank: DeltaBank, batches: Batches, shape: tuple[int, ...], free: Callable[[], None] = lambda: None
+        self, bank: DeltaBank, batches: Batches, example: Example, free: Callable[[], None] = lambda: None
     ) -> None:
         _check_memory(bank)
         self.bank = bank
         self.free = free
         self.batches = batches
-        self.shape = shape
-        self.model = BatchedModel(bank, example=(*example(bank.model, shape, 1), {}))
+        self.example = example
+        self.model = BatchedModel(bank, example=example(1))
 
     @torch.inference_mode()
     def run(self, queries: NoisedQueries, rows: Rows, advance: Advance) -> FloatArray:
@@ -43,14 +43,15 @@ class BatchedPlan:
         order = rows.model.argsort(stable=True)
         ordered = rows[order]
 
-        def forward(x_t: Tensor, timestep: Tensor, numbers: Tensor) -> Tensor:
+        def forward(inputs: Inputs, numbers: Tensor) -> Tensor:
             part = ordered[numbers]
             models = RowModels(
                 model=part.model,
                 sample=part.query * queries.draws + part.draw,
                 timestep=queries.timestep[part.draw],
+                condition=queries.conditions.row[part.query],
             )
-            return self.model(x_t, timestep, models)
+            return self.model(inputs.x, inputs.timestep, models, **inputs.conditions)
 
         query, draw = ordered.query.to(queries.device), ordered.draw.to(queries.device)
         found = self.batches.errors(queries, query, draw, forward, advance, self.free)
@@ -64,12 +65,13 @@ class BatchedPlan:
     def try_forward(self, size: int, models: int) -> Tensor:
         """One forward of ``size`` rows, evenly of the first ``models`` models, for measuring.
 
-        Models share their samples, whose timesteps all differ, so that little is shared within a model.
+        Models share their samples, which have one condition and different timesteps.
         """
-        x_t, timestep = example(self.bank.model, self.shape, size)
+        inputs = self.example(size)
         model = torch.arange(size) * models // size
         sample = torch.arange(size) - torch.searchsorted(model, model)
-        return self.model(x_t, timestep, RowModels(model=model, sample=sample, timestep=sample))
+        rows = RowModels(model=model, sample=sample, timestep=sample, condition=torch.zeros_like(sample))
+        return self.model(inputs.x, inputs.timestep, rows, **inputs.conditions)
 
 
 def _check_memory(bank: DeltaBank) -> None:

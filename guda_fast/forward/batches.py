@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from guda_fast.forward.noised import NoisedQueries
+from guda_fast.forward._routing import Inputs
+from guda_fast.forward.noised import NoisedBatch, NoisedQueries
 
 Advance = Callable[[int], None]
 """Called with the number of rows just done; raises to stop."""
 
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Takes x_t, timesteps and which of the rows they are; gives the prediction, which the next call may overwrite."""
+Forward = Callable[[Inputs, Tensor], Tensor]
+"""Takes rows, and which ones they are; gives the prediction, which the next call may overwrite."""
 
 # Sizes below the full one are multiples of its eighth, or powers of two: few enough that kernels, graphs and
 # compiled code are made for each once, close enough that padding costs an eighth at most from there on.
@@ -80,7 +81,7 @@ class Batches:
             batch = queries.batch(query[block], draw[block])
             x_t = batch.x_t()
             prediction = torch.empty_like(x_t)
-            self._fill(prediction, x_t, batch.timestep, start, forward, advance, free)
+            self._fill(prediction, batch, x_t, start, forward, advance, free)
             found.append(batch.errors(prediction))
             start += len(x_t)
         return torch.cat(found).cpu()
@@ -88,8 +89,8 @@ class Batches:
     def _fill(
         self,
         prediction: Tensor,
+        batch: NoisedBatch,
         x_t: Tensor,
-        timestep: Tensor,
         start: int,
         forward: Forward,
         advance: Advance,
@@ -101,9 +102,11 @@ class Batches:
             rows = min(self.size, len(x_t) - done)
             part = slice(done, done + rows)
             size = self.padded(rows)
-            numbers = torch.arange(start + done, start + done + rows)
+            numbers = _extended(torch.arange(start + done, start + done + rows), size)
             try:
-                out = forward(*(_extended(rows_of, size) for rows_of in (x_t[part], timestep[part], numbers)))
+                conditions = batch.conditions(_extended(batch.condition[part], size))
+                inputs = Inputs(_extended(x_t[part], size), _extended(batch.time[part], size), conditions)
+                out = forward(inputs, numbers)
             except (RuntimeError, MemoryError) as error:
                 if not self.shrink(error):
                     raise

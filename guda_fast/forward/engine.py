@@ -12,16 +12,18 @@ from torch import Tensor
 
 from guda_fast._validate import check_bool, check_choice, check_int
 from guda_fast.deltas import DeltaBank
-from guda_fast.diffusion import Protocol
+from guda_fast.diffusion import NoiseSource, Protocol
 from guda_fast.diffusion.schedule import FloatArray
+from guda_fast.forward._routing import Inputs
 from guda_fast.forward.activations import peak_bytes
 from guda_fast.forward.batched_plan import BatchedPlan
 from guda_fast.forward.batches import Advance, Batches
+from guda_fast.forward.conditions import Conditions
 from guda_fast.forward.noised import NoisedQueries
 from guda_fast.forward.plan import PLANS, Choice, Planner
 from guda_fast.forward.precision import POLICIES, Precision
 from guda_fast.forward.rows import BASE, Rows
-from guda_fast.forward.swap import SwapPlan, example
+from guda_fast.forward.swap import SwapPlan
 
 # A forward on a CPU should do so much work that Python's part in it does not count, and so little that its activations
 # do not fill the memory; one on a GPU should fill it.
@@ -39,6 +41,8 @@ class Engine:
 
     bank: must hold its base; its resident model is moved, cast, put into channels-last and fused.
     protocol: the draws. shape: of one query (C, H, W). device: of the forwards. precision: see `policy`.
+    conditions: like those of the queries to come, whose first one is used for measuring; None for an unconditional
+        model.
     batch_size: rows a forward at most [>= 1; by default 64 on a CPU, more for a
         small and less for a large model; 512 on CUDA].
     plan: "swap", "batched", or "auto", which predicts both from measurements and takes the faster one; below fp32 it
@@ -54,6 +58,7 @@ class Engine:
         protocol: Protocol,
         shape: Sequence[int],
         *,
+        conditions: Conditions | None = None,
         device: torch.device | str = "cpu",
         precision: Precision = POLICIES["fp32"],
         batch_size: int | None = None,
@@ -71,10 +76,15 @@ class Engine:
         self.bank = bank.to(device=self.device, dtype=precision.dtype, memory_format=torch.channels_last)
         self._memory = bank.memory
         self.batches = Batches(1 if batch_size is None else batch_size, fixed=compiled)
-        self.swap = SwapPlan(bank, self.batches, self.shape, compiled=compiled)
+        like = Conditions.none(1) if conditions is None else conditions[:1]
+        x_t = torch.zeros((1, *self.shape), dtype=precision.dtype, device=self.device)
+        time = torch.from_numpy(protocol.table.model_timestep[:1]).to(self.device)
+        # No method: plans that held the engine would keep its graphs alive until the next collection.
+        self._example = partial(_example, x_t, time, like.to(self.device, precision.dtype))
+        self.swap = SwapPlan(bank, self.batches, self._example, compiled=compiled)
         if batch_size is None:
             self.batches.size = self._default_batch()
-        make_batched = partial(BatchedPlan, bank, self.batches, self.shape, self.swap.forward.forget_graphs)
+        make_batched = partial(BatchedPlan, bank, self.batches, self._example, self.swap.forward.forget_graphs)
         wanted, because = plan, "it was asked for"
         if plan == "auto" and precision.dtype.itemsize < 4:
             wanted = "swap"
@@ -86,9 +96,26 @@ class Engine:
         """What was chosen so far, and why."""
         return tuple(self.planner.choices.values())
 
-    def queries(self, x0: Tensor, ids: Sequence[int], names: Sequence[str] | None = None) -> NoisedQueries:
-        """Queries on the device; see `NoisedQueries`."""
-        return NoisedQueries(x0, ids, self.protocol, device=self.device, dtype=self.precision.dtype, names=names)
+    def queries(
+        self,
+        x0: Tensor,
+        ids: Sequence[int],
+        names: Sequence[str] | None = None,
+        *,
+        conditions: Conditions | None = None,
+        noise: NoiseSource | None = None,
+    ) -> NoisedQueries:
+        """Queries with their conditions and noise on the device; see `NoisedQueries`."""
+        return NoisedQueries(
+            x0,
+            ids,
+            self.protocol,
+            device=self.device,
+            dtype=self.precision.dtype,
+            names=names,
+            conditions=conditions,
+            noise=noise,
+        )
 
     def errors(self, queries: NoisedQueries, rows: Rows, advance: Advance = _nothing) -> FloatArray:
         """Weighted errors w_t e(t) of the rows, in their order [(R,), float64].
@@ -169,7 +196,7 @@ class Engine:
     def _eager_row(self) -> None:
         """A forward of one row that no graph or compiled code hides."""
         with self._active():
-            self.bank.model(*example(self.bank.model, self.shape, 1), return_dict=False)
+            self._example(1).run(self.bank.model)
 
     def _default_batch(self) -> int:
         """A power of two that depends on the model alone, so that runs of one plan can be repeated to the bit."""
@@ -181,3 +208,11 @@ class Engine:
         while size > _CPU_LEAST and size * self.flop > _CPU_MOST_FLOP:
             size //= 2
         return size
+
+
+def _example(x_t: Tensor, time: Tensor, conditions: Conditions, rows: int) -> Inputs:
+    """As many rows like the given one, under the first condition."""
+    layout = torch.channels_last if x_t.dim() == 4 else torch.contiguous_format
+    x_t = x_t.expand(rows, *x_t.shape[1:]).contiguous(memory_format=layout)
+    first = torch.zeros(rows, dtype=torch.int64, device=x_t.device)
+    return Inputs(x_t, time.repeat(rows), conditions.take(first))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from guda_fast import ops
 from guda_fast._validate import check_tensor
 from guda_fast.diffusion import NoiseSource, Protocol
 from guda_fast.diffusion.schedule import FloatArray
+from guda_fast.forward.conditions import Conditions
 from guda_fast.forward.rows import BASE, Rows
 
 _CHUNK = 64  # rows whose squares are in float64 at once
@@ -22,7 +24,7 @@ class NoisedQueries:
 
     x0: queries [(N, C, H, W), float32]. ids: one a query [N, 0..2^64-1]. protocol: the draws.
     device, dtype: of the forwards; x_t is formed in float32 (float64 where dtype is) and rounded to dtype once.
-    names: of the queries, for messages [N].
+    names: of the queries, for messages [N]. conditions: of the queries; None for an unconditional model.
     noise: where the noise comes from; None is the contract, whose ops make it on the way.
 
     base_errors holds the base's weighted errors as far as they are known [(N, D), float64, NaN where not].
@@ -37,6 +39,7 @@ class NoisedQueries:
         device: torch.device,
         dtype: torch.dtype,
         names: Sequence[str] | None = None,
+        conditions: Conditions | None = None,
         noise: NoiseSource | None = None,
     ) -> None:
         table = protocol.table
@@ -45,10 +48,18 @@ class NoisedQueries:
         self.x0 = x0.to(device, self.work)
         self.ids = torch.from_numpy(np.array(ids, dtype=np.uint64).view(np.int64)).to(device)
         self.names = tuple(map(str, range(len(x0)))) if names is None else tuple(names)
+        conditions = Conditions.none(len(x0)) if conditions is None else conditions
+        if len(conditions) != len(x0):
+            raise ValueError(
+                f"NoisedQueries: conditions must be those of {len(x0)} queries, got those of {len(conditions)}"
+            )
+        self.conditions = conditions.to(device, dtype)
+        self.condition = self.conditions.row.to(device)
         self.seed, self.antithetic = protocol.seed, protocol.antithetic
         self.noise = noise
         self.base_errors = np.full((len(x0), protocol.draws), np.nan)
         self.timestep = torch.from_numpy(table.timestep).to(torch.int64)  # on the host: plans group rows by it
+        self._time = torch.from_numpy(table.model_timestep).to(device)
         self._draws = torch.from_numpy(np.stack([table.timestep, table.sample])).to(device, torch.int64)
         scales = (table.x0_scale, table.eps_scale, table.target_x0_scale, table.target_eps_scale)
         self._scales = torch.from_numpy(np.stack(scales)).to(device, self.work)
@@ -75,14 +86,24 @@ class NoisedQueries:
 
 
 class NoisedBatch:
-    """Rows of one forward. timestep: [(B,), int64, on the device]."""
+    """Rows of one forward.
+
+    timestep: of the protocol [(B,), int64]. time: the same as the model takes it [(B,), int64 or float32]. condition:
+    its row in the queries' conditions [(B,), int64]; all on the device.
+    """
 
     def __init__(self, queries: NoisedQueries, query: Tensor, draw: Tensor) -> None:
         self._queries = queries
         self.timestep, sample = queries._draws[:, draw]
+        self.time = queries._time[draw]
+        self.condition = queries.condition[query]
         self._counters = (query, queries.ids[query], self.timestep, sample)
         self._scales = queries._scales[:, draw]
         self._weight = queries._weight[draw]
+
+    def conditions(self, rows: Tensor) -> dict[str, Any]:
+        """What the model takes by name for rows of these conditions [(R,), int64, on the device]."""
+        return self._queries.conditions.take(rows)
 
     def x_t(self) -> Tensor:
         """The noised queries [(B, C, H, W), the run's dtype, channels-last]."""

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from guda_fast.forward._routing import Inputs
+from guda_fast.forward.conditions import map_tensors
 from guda_fast.forward.fuse import fuse
 
 _WARM_UP = 3
+_Key = tuple[tuple[str, torch.Size, torch.dtype], ...]
 
 
 class ResidentForward:
     """Calls a model whose weights change in place between calls.
 
-    On CUDA each batch size is captured in a CUDA graph at its first use, and replayed: the weights keep their
+    On CUDA each batch size, and shape of conditions, is captured in a CUDA graph at its first use, and replayed: the weights keep their
     memory, so that one graph serves all models. Its result is overwritten by the next replay.
 
     model: its residual blocks, norms and attention are fused here. compiled: through torch.compile.
@@ -28,18 +31,18 @@ class ResidentForward:
         if "diffusers" in sys.modules:
             fuse(model)
         self._call: Callable[..., Any] = torch.compile(model, dynamic=False) if compiled else model
-        self._graphs: dict[tuple[int, ...], _Graph] = {}
+        self._graphs: dict[_Key, _Graph] = {}
 
-    def __call__(self, x_t: Tensor, timestep: Tensor) -> Tensor:
-        """The prediction for one batch [x_t: (B, C, H, W); timestep: (B,), int64]."""
-        if x_t.device.type != "cuda":
-            prediction: Tensor = self._call(x_t, timestep, return_dict=False)[0]
-            return prediction
-        graph = self._graphs.get(tuple(x_t.shape))
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """The prediction for one batch."""
+        if inputs.x.device.type != "cuda":
+            return inputs.run(self._call)
+        key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.tensors().items())
+        graph = self._graphs.get(key)
         if graph is None:
             pool = next((graph.pool for graph in self._graphs.values()), None)
-            graph = self._graphs[tuple(x_t.shape)] = _Graph(self._call, x_t, timestep, pool)
-        return graph(x_t, timestep)
+            graph = self._graphs[key] = _Graph(self._call, inputs, pool)
+        return graph(inputs)
 
     def forget_graphs(self) -> None:
         """Give back the memory that captured graphs hold."""
@@ -49,25 +52,26 @@ class ResidentForward:
 
 
 class _Graph:
-    """One forward, captured for one shape."""
+    """One forward, captured for one shape of each input."""
 
-    def __init__(self, call: Callable[..., Any], x_t: Tensor, timestep: Tensor, pool: Any) -> None:
-        self._x_t, self._timestep = x_t.clone(), timestep.clone()
+    def __init__(self, call: Callable[..., Any], like: Inputs, pool: Any) -> None:
+        inputs = Inputs(like.x.clone(), like.timestep.clone(), map_tensors(torch.clone, like.conditions))
+        self._inputs = inputs.tensors()
         # Libraries choose their algorithms and allocate in the first calls, which a capture must not hold.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
-                call(self._x_t, self._timestep, return_dict=False)
+                inputs.run(call)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         # Thread-local: meanwhile another thread may allocate pinned memory for the next delta.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._prediction: Tensor = call(self._x_t, self._timestep, return_dict=False)[0]
+            self._prediction = inputs.run(call)
         self.pool = self._graph.pool()
 
-    def __call__(self, x_t: Tensor, timestep: Tensor) -> Tensor:
-        self._x_t.copy_(x_t)
-        self._timestep.copy_(timestep)
+    def __call__(self, inputs: Inputs) -> Tensor:
+        for name, tensor in inputs.tensors().items():
+            self._inputs[name].copy_(tensor)
         self._graph.replay()
         return self._prediction

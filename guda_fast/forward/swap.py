@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import zip_longest
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion.schedule import FloatArray
+from guda_fast.forward._routing import Inputs
 from guda_fast.forward.batches import Advance, Batches
 from guda_fast.forward.noised import NoisedQueries
 from guda_fast.forward.resident import ResidentForward
 from guda_fast.forward.rows import BASE, Rows
+
+Example = Callable[[int], Inputs]
+"""Gives inputs of so many rows, like those of a run in all but their values."""
 
 
 class SwapPlan:
@@ -23,13 +28,13 @@ class SwapPlan:
     counterfactual run alike, and their rounding cancels.
 
     bank: resident on the device and in the dtype of the run, in channels-last. batches: rows a forward.
-    shape: of one query (C, H, W). compiled: run the resident model through torch.compile.
+    example: gives inputs of so many rows, for measuring. compiled: run the resident model through torch.compile.
     """
 
-    def __init__(self, bank: DeltaBank, batches: Batches, shape: tuple[int, ...], *, compiled: bool = False) -> None:
+    def __init__(self, bank: DeltaBank, batches: Batches, example: Example, *, compiled: bool = False) -> None:
         self.bank = bank
         self.batches = batches
-        self.shape = shape
+        self.example = example
         self.forward = ResidentForward(bank.model, compiled=compiled)
 
     def run(self, queries: NoisedQueries, rows: Rows, advance: Advance) -> FloatArray:
@@ -57,7 +62,7 @@ class SwapPlan:
     @torch.inference_mode()
     def try_forward(self, size: int) -> Tensor:
         """One forward of ``size`` rows of what is resident, for measuring."""
-        return self.forward(*example(self.bank.model, self.shape, size))
+        return self.forward(self.example(size))
 
     def _make_resident(self, model: int) -> None:
         if model != BASE:
@@ -70,18 +75,9 @@ class SwapPlan:
         """Errors of one model's rows."""
         query, draw = rows.query.to(queries.device), rows.draw.to(queries.device)
 
-        def forward(x_t: Tensor, timestep: Tensor, numbers: Tensor) -> Tensor:
-            return self.forward(x_t, timestep)
+        def forward(inputs: Inputs, numbers: Tensor) -> Tensor:
+            return self.forward(inputs)
 
         free = self.forward.forget_graphs
         errors: FloatArray = self.batches.errors(queries, query, draw, forward, advance, free).numpy()
         return errors
-
-
-def example(model: nn.Module, shape: tuple[int, ...], size: int) -> tuple[Tensor, Tensor]:
-    """Rows of zeros as the model takes them, and their timesteps."""
-    like = next(model.parameters())
-    x_t = torch.zeros((size, *shape), dtype=like.dtype, device=like.device)
-    if x_t.dim() == 4:
-        x_t = x_t.contiguous(memory_format=torch.channels_last)
-    return x_t, torch.zeros(size, dtype=torch.int64, device=like.device)

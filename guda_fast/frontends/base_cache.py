@@ -48,7 +48,9 @@ class BaseCache:
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
             if isinstance(error, CheckpointError | FileNotFoundError | PermissionError):
                 raise
-            raise CheckpointError(f"{self.path}: must be a base cache (.npz), found a damaged file ({error})") from error
+            raise CheckpointError(
+                f"{self.path}: must be a base cache (.npz), found a damaged file ({error})"
+            ) from error
 
     def check_cells(self, cached: FloatArray, found: FloatArray) -> None:
         """Compare cells of a cache that does not say what it is of with the same cells as computed here.
@@ -85,9 +87,7 @@ class BaseCache:
         timesteps = self._array(file, "timesteps", "iu", 1).tolist()
         wanted = list(self.timesteps)[::-1]
         if timesteps != wanted:
-            raise CheckpointError(
-                f"{self.path}: key 'timesteps' must be {_short(wanted)}, found {_short(timesteps)}"
-            )
+            raise CheckpointError(f"{self.path}: key 'timesteps' must be {_short(wanted)}, found {_short(timesteps)}")
         seed = int(self._array(file, "seed", "iu", 0))
         if seed != self.config["seed"]:
             raise CheckpointError(f"{self.path}: key 'seed' must be {self.config['seed']}, found {seed}")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from guda_fast.diffusion.schedule import FloatArray
+from guda_fast.diffusion.schedule import FloatArray, IntArray
 from guda_fast.forward import Engine, Rows
 from guda_fast.forward.noised import NoisedQueries
 from guda_fast.forward.rows import BASE
@@ -99,3 +99,10 @@ def _rows(batches: ImageBatches, tile: range, draws: int, models: list[int]) -> 
     count = len(rows[0])
     model = torch.tensor(models, dtype=torch.int64).repeat_interleave(count)
     return Rows(rows[0].repeat(len(models)), model, rows[1].repeat(len(models)))
+
+
+def check_rows(engine: Engine, queries: NoisedQueries, draw: IntArray) -> FloatArray:
+    """Errors of the base at one draw of each image [(N,), float64]; draw: [(N,), int64]."""
+    count = len(draw)
+    rows = Rows(torch.arange(count), torch.full((count,), BASE), torch.from_numpy(draw))
+    return engine.errors(queries, rows)
