@@ -43,14 +43,13 @@ class BaseCache:
         Raises CheckpointError naming file, key, what was expected and found.
         """
         try:
-            with np.load(self.path, allow_pickle=False) as file:
+            # numpy leaves a file open that it was given by name and cannot read.
+            with self.path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 return self._errors(file), self._is_own(file)
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
             if isinstance(error, CheckpointError | FileNotFoundError | PermissionError):
                 raise
-            raise CheckpointError(
-                f"{self.path}: must be a base cache (.npz), found a damaged file ({error})"
-            ) from error
+            raise CheckpointError(f"{self.path}: must be a whole .npz file, found a damaged one ({error})") from error
 
     def check_cells(self, cached: FloatArray, found: FloatArray) -> None:
         """Compare cells of a cache that does not say what it is of with the same cells as computed here.
