@@ -10,6 +10,8 @@ from guda_fast._backends import explain, use_backend
 from guda_fast._version import __version__
 from guda_fast.attribution import attribute
 from guda_fast.build_config import build_config
+from guda_fast.datasets.latents import Latents
+from guda_fast.datasets.prompts import TextEncoder
 from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion import Protocol, Schedule
 from guda_fast.errors import (
@@ -20,6 +22,7 @@ from guda_fast.errors import (
     PrecisionError,
 )
 from guda_fast.estimators import Full
+from guda_fast.forward.conditions import Conditions
 from guda_fast.ops import add_noise, denoising_error
 from guda_fast.prepare import precision_audit
 from guda_fast.results import Attribution
@@ -30,11 +33,14 @@ __all__ = [
     "BatchedUnavailableError",
     "CancelledError",
     "CheckpointError",
+    "Conditions",
     "DeltaBank",
     "Full",
+    "Latents",
     "PrecisionError",
     "Protocol",
     "Schedule",
+    "TextEncoder",
     "__version__",
     "add_noise",
     "attribute",

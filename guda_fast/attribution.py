@@ -12,11 +12,14 @@ from tqdm import tqdm
 
 from guda_fast._validate import describe
 from guda_fast._version import __version__
+from guda_fast.datasets.conditions import ConditionSource
+from guda_fast.datasets.latents import Latents
 from guda_fast.datasets.queries import QuerySource
 from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion import Protocol
 from guda_fast.errors import CancelledError
 from guda_fast.estimators import Full
+from guda_fast.forward.conditions import flat
 from guda_fast.prepare import Execution, Prepared, prepare
 from guda_fast.results import Attribution
 
@@ -29,6 +32,8 @@ def attribute(
     bank: DeltaBank,
     protocol: Protocol,
     *,
+    conditions: ConditionSource | None = None,
+    latents: Latents | None = None,
     estimator: Full | None = None,
     ids: Sequence[int] | None = None,
     batch_size: int | None = None,
@@ -42,19 +47,23 @@ def attribute(
 ) -> Attribution:
     """Score how much each group of training data mattered for each query.
 
-        score_k(x0) = sum over draws of w_t ( e_k(t) - e_0(t) ) / samples,   e_m(t) = || eps_m(x_t, t) - eps ||^2
+        score_k(x0) = sum over draws of w_t ( e_k(t) - e_0(t) ) / samples,   e_m(t) = || eps_m(x_t, t, c) - eps ||^2
 
     the drop of the query's ELBO from the base to the counterfactual without group k, with the same noise for
     every model. Scores do not depend on batch size, order or company of the queries beyond the rounding of the
     forward (1e-5 of their scale in float32).
 
     queries: a folder of images, float32 values (N, C, H, W), uint8 pixels, or a sequence of image files or PIL
-        images; duplicates are computed once and reported each.
+        images; duplicates are computed once and reported each. The same image under another condition is another query.
     bank: base and deltas; its resident model is moved, cast and fused for the run, and is the base again afterwards
         (``bank.to`` casts it back without loss).
     protocol: the draws; it must come from the schedule that the bank's model was trained with.
+    conditions: c of each query, for a conditional model; there is no guidance. Prompts through a text encoder, as
+        ``gf.TextEncoder(folder)(prompts)``; class labels [N, integers]; or tensors with one row a query, by the name of
+        the model's argument, as ``{"encoder_hidden_states": ...}``.
+    latents: makes the x0 of a latent model of images, as ``gf.Latents(folder)``; without it queries are x0 themselves.
     estimator: how the score is reached [Full() by default].
-    ids: query ids instead of content hashes [N, 0..2^64-1].
+    ids: query ids instead of hashes of content and condition [N, 0..2^64-1].
     batch_size: rows a forward [>= 1; see `guda_fast.forward.Engine`]. device: [CUDA where there is one].
     precision: of the forwards ["fp64", "fp32", "bf16"; "tf32" and "fp16" on CUDA; "auto": the fastest one that passes].
         Below fp32 a few queries are scored in fp32 too, and PrecisionError is raised where the scores differ: see
@@ -76,7 +85,7 @@ def attribute(
     if not (cancel is None or callable(cancel)):
         raise TypeError(f"attribute: cancel must be a callback, got {describe(cancel)}")
     how = Execution(batch_size, device, precision, plan, compiled, allow_lossy)
-    prepared = prepare(queries, bank, protocol, how, ids=ids)
+    prepared = prepare(queries, bank, protocol, how, ids=ids, conditions=conditions, latents=latents)
     query_set = prepared.queries
     total = estimator.forwards(len(query_set.x0), len(bank.groups), protocol)
     with _progress_bar(progress, total) as bar:
@@ -93,7 +102,7 @@ def attribute(
         draws=protocol.draws,
         error_base=cells.base_errors.sum(axis=1)[row],
         base_errors=cells.base_errors[row],
-        provenance=provenance(bank, protocol, prepared),
+        provenance=provenance(bank, protocol, prepared, latents),
     )
 
 
@@ -126,13 +135,17 @@ def _progress_bar(progress: bool | ProgressCallback, total: int) -> Any:
     return nullcontext(None)
 
 
-def provenance(bank: DeltaBank, protocol: Protocol, prepared: Prepared) -> dict[str, Any]:
+def provenance(
+    bank: DeltaBank, protocol: Protocol, prepared: Prepared, latents: Latents | None = None
+) -> dict[str, Any]:
     """What scores depend on, and how they are executed, as JSON values."""
-    engine = prepared.engine
+    engine, conditions = prepared.engine, prepared.queries.conditions
     return {
         "base_hash": bank.base_hash,
         "delta_hashes": bank.delta_hashes,
         "protocol": protocol.to_dict(),
+        "conditions": {"names": sorted(flat(conditions.tensors)), **conditions.source},
+        "latents": None if latents is None else latents.to_dict(),
         "precision": engine.precision.name,
         "rounding_cosine": dict(prepared.cosine),
         "precision_audit": None if prepared.audit is None else prepared.audit.to_dict(),

@@ -74,7 +74,16 @@ def audit(
 
     def scores(policy: Precision) -> FloatArray:
         shape = few.x0.shape[1:]
-        engine = Engine(bank, short, shape, device=device, precision=policy, plan=plan, batch_size=batch_size)
+        engine = Engine(
+            bank,
+            short,
+            shape,
+            conditions=few.conditions,
+            device=device,
+            precision=policy,
+            plan=plan,
+            batch_size=batch_size,
+        )
         return Full().run(engine, few, lambda forwards: None).scores
 
     wide = scores(POLICIES["fp32"])

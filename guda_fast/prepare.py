@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,8 @@ from torch import nn
 
 from guda_fast._validate import check_bool, check_choice, check_int, describe
 from guda_fast.audit import PrecisionAudit, audit
+from guda_fast.datasets.conditions import ConditionSource, check_conditions
+from guda_fast.datasets.latents import Latents
 from guda_fast.datasets.queries import QuerySet, QuerySource, load_queries
 from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion import Protocol, Schedule
@@ -66,14 +68,18 @@ def prepare(
     how: Execution,
     *,
     ids: Sequence[int] | None = None,
+    conditions: ConditionSource | None = None,
+    latents: Latents | None = None,
 ) -> Prepared:
     """Check the arguments of ``attribute``, read every delta once, and make the engine."""
-    device, query_set = _checked(queries, bank, protocol, how, ids)
+    asked = Asked(queries, ids, conditions, latents)
+    device, query_set = _checked(asked, bank, protocol, how)
     precision, cosine, found = _decide(bank, protocol, query_set, how, device)
     engine = Engine(
         bank,
         protocol,
         query_set.x0.shape[1:],
+        conditions=query_set.conditions,
         device=device,
         precision=precision,
         batch_size=how.batch_size,
@@ -83,9 +89,17 @@ def prepare(
     return Prepared(engine, query_set, cosine, found)
 
 
-def _checked(
-    queries: QuerySource, bank: DeltaBank, protocol: Protocol, how: Execution, ids: Sequence[int] | None
-) -> tuple[torch.device, QuerySet]:
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The queries as the caller of ``attribute`` gives them."""
+
+    queries: QuerySource
+    ids: Sequence[int] | None = None
+    conditions: ConditionSource | None = None
+    latents: Latents | None = None
+
+
+def _checked(asked: Asked, bank: DeltaBank, protocol: Protocol, how: Execution) -> tuple[torch.device, QuerySet]:
     """The device and the queries, after everything that can be found wrong without a forward."""
     if not isinstance(bank, DeltaBank):
         raise TypeError(f"attribute: bank must be a DeltaBank, got {describe(bank)}")
@@ -96,9 +110,8 @@ def _checked(
         raise ValueError(
             f"attribute: bank must hold its base, got group {bank.applied_group!r} applied; call bank.restore()"
         )
-    _check_unconditional(bank.model)
     _check_schedule(bank, protocol)
-    query_set = _load(queries, bank.model, ids)
+    query_set = _load(asked, bank.model)
     bank.survey()
     return device, query_set
 
@@ -109,13 +122,15 @@ def precision_audit(
     protocol: Protocol,
     *,
     precision: str,
+    conditions: ConditionSource | None = None,
+    latents: Latents | None = None,
     device: torch.device | str | None = None,
     plan: str = AUTO,
     batch_size: int | None = None,
 ) -> PrecisionAudit:
     """Score up to 8 of the queries at up to 8 of the timesteps in float32 and in a precision, and compare.
 
-    bank, queries, protocol, device, plan, batch_size: as in ``attribute``.
+    bank, queries, protocol, conditions, latents, device, plan, batch_size: as in ``attribute``.
     precision: "bf16", or on CUDA "fp16" or "tf32".
 
     Returns a PrecisionAudit with the relative error of the scores and the share of pairs of groups that keep their
@@ -126,7 +141,7 @@ def precision_audit(
     >>> print(gf.precision_audit(bank, images, protocol, precision="bf16"))  # doctest: +SKIP
     """
     how = Execution(batch_size, device, precision, plan)
-    place, query_set = _checked(queries, bank, protocol, how, None)
+    place, query_set = _checked(Asked(queries, None, conditions, latents), bank, protocol, how)
     chosen = policy("precision_audit", precision, place)
     return audit(bank, protocol, query_set, chosen, device=place, plan=plan, batch_size=batch_size)
 
@@ -183,18 +198,6 @@ def _check_device(device: torch.device | str | None) -> torch.device:
     return chosen
 
 
-_CONDITIONS = ("num_class_embeds", "class_embed_type", "cross_attention_dim", "num_embeds_ada_norm")
-
-
-def _check_unconditional(model: nn.Module) -> None:
-    config = getattr(model, "config", {})
-    for key in _CONDITIONS:
-        if isinstance(config, Mapping) and config.get(key) is not None:
-            raise ValueError(
-                f"attribute: bank must hold an unconditional model, got {type(model).__name__} with {key}={config[key]}"
-            )
-
-
 def _check_schedule(bank: DeltaBank, protocol: Protocol) -> None:
     if bank.scheduler is None:
         return
@@ -212,20 +215,44 @@ def _check_schedule(bank: DeltaBank, protocol: Protocol) -> None:
         )
 
 
-def _load(queries: QuerySource, model: nn.Module, ids: Sequence[int] | None) -> QuerySet:
-    config = getattr(model, "config", None)
+def _load(asked: Asked, model: nn.Module) -> QuerySet:
+    """The queries as the model takes them, with their conditions."""
+    config, latents = getattr(model, "config", None), asked.latents
     channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+    if not (latents is None or isinstance(latents, Latents)):
+        raise TypeError(f"attribute: latents must be Latents, got {describe(latents)}")
     if channels is None:
-        if not isinstance(queries, torch.Tensor) or queries.dim() != 4:
-            raise TypeError(
-                "attribute: queries must be a tensor of shape (N, C, H, W) for a model whose config does not say its "
-                f"channels, got {describe(queries)}"
-            )
-        channels = queries.shape[1]
+        channels = _given_channels(asked.queries)
     outputs = getattr(config, "out_channels", channels)
-    if outputs not in (channels, 2 * channels):
+    if outputs not in (None, channels, 2 * channels):
         raise ValueError(
             f"attribute: bank must hold a model with {channels} output channels, or {2 * channels} with learned "
             f"variance, got {outputs}"
         )
-    return load_queries(queries, channels=channels, size=tuple(size) if isinstance(size, list) else size, ids=ids)
+    pixels = 1 if latents is None else latents.factor
+    sides = None if size is None else (size, size) if isinstance(size, int) else tuple(size)
+    found = load_queries(
+        asked.queries,
+        channels=channels if latents is None else latents.channels,
+        size=None if sides is None else (pixels * sides[0], pixels * sides[1]),
+        ids=asked.ids,
+        conditions=asked.conditions,
+    )
+    check_conditions(model, found.conditions)
+    if latents is None:
+        return found
+    encoded = replace(found, x0=latents.encode(found.x0, found.ids))
+    if encoded.x0.shape[1] != channels:
+        raise ValueError(
+            f"attribute: latents must have the model's {channels} channels, got a VAE of {encoded.x0.shape[1]}"
+        )
+    return encoded
+
+
+def _given_channels(queries: QuerySource) -> int:
+    if not isinstance(queries, torch.Tensor) or queries.dim() != 4:
+        raise TypeError(
+            "attribute: queries must be a tensor of shape (N, C, H, W) for a model whose config does not say its "
+            f"channels, got {describe(queries)}"
+        )
+    return queries.shape[1]

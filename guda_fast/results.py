@@ -65,7 +65,7 @@ class Attribution:
 
     def same_run(self, provenance: Mapping[str, Any], query_ids: Sequence[int]) -> bool:
         """Whether these are the scores of such queries under such models and draws, however they were executed."""
-        exact = ("base_hash", "delta_hashes", "protocol", "precision")
+        exact = ("base_hash", "delta_hashes", "protocol", "precision", "conditions", "latents")
         return self.query_ids == tuple(query_ids) and all(
             self.provenance.get(key) == provenance.get(key) for key in exact
         )

@@ -250,13 +250,6 @@ def test_a_bank_with_a_group_applied_is_refused(images, bank, protocol) -> None:
     assert bank.applied_group == "g1"
 
 
-def test_conditional_models_are_refused_by_name(images, protocol) -> None:
-    base = tiny_unet()
-    base.register_to_config(num_class_embeds=3)
-    with pytest.raises(ValueError, match="unconditional model, got UNet2DModel with num_class_embeds=3"):
-        gf.attribute(images, bank_of(base, perturbed(base)), protocol)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_an_absent_cuda_device_is_named(images, bank, protocol) -> None:
     with pytest.raises(ValueError, match="device must be available, got 'cuda'"):

@@ -26,11 +26,11 @@ def test_query_id_hashes_these_bytes() -> None:
     assert query_id(PIXELS) == plain_id(b"image", (8, 8), PIXELS.tobytes())
     assert query_id(values) == plain_id(b"tensor", (1, 2), struct.pack("<2f", 1.5, -2.0))
     assert query_id(PIXELS.T) == plain_id(b"image", (8, 8), PIXELS.T.tobytes())
-    for condition, tagged in [("ein Häuschen", "promptein Häuschen".encode()), (7, b"label7")]:
+    for condition, tagged in [("ein Häuschen", "promptein Häuschen".encode()), (7, b"label7"), (b"7", b"values7")]:
         assert query_id(PIXELS, condition) == plain_id(b"image", (8, 8), PIXELS.tobytes(), tagged)
     with pytest.raises(TypeError, match="content must be uint8 pixels or float32 values, got float64"):
         query_id(PIXELS.astype(np.float64))
-    with pytest.raises(TypeError, match="condition must be None, a prompt or a class label"):
+    with pytest.raises(TypeError, match="condition must be None, a prompt, a class label or a digest"):
         query_id(PIXELS, 1.5)  # type: ignore[arg-type]
 
 

@@ -13,7 +13,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from guda_fast._validate import check_int, describe
+from guda_fast.datasets.conditions import ConditionSource, load_conditions
 from guda_fast.diffusion.query_id import query_id
+from guda_fast.forward.conditions import Conditions
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _MODES = {1: "L", 3: "RGB"}
@@ -28,14 +30,18 @@ image files or PIL images."""
 class QuerySet:
     """Queries in the caller's order; duplicates share a row of x0.
 
+    Queries are distinct where their images or their conditions are.
+
     x0: distinct queries [(U, C, H, W), float32]. ids: one a distinct query [U, 0..2^64-1].
     names: one a query [N]. row: the row of x0 of each query [(N,), int64].
+    conditions: of the U distinct queries.
     """
 
     x0: Tensor
     ids: tuple[int, ...]
     names: tuple[str, ...]
     row: np.ndarray[Any, np.dtype[np.int64]]
+    conditions: Conditions
 
     def __len__(self) -> int:
         return len(self.names)
@@ -55,7 +61,13 @@ class QuerySet:
         """Some of the distinct queries, by their rows of x0, once each."""
         names, ids = self.distinct_names, self.ids
         order = np.arange(len(rows), dtype=np.int64)
-        return QuerySet(self.x0[list(rows)], tuple(ids[r] for r in rows), tuple(names[r] for r in rows), order)
+        return QuerySet(
+            x0=self.x0[list(rows)],
+            ids=tuple(ids[r] for r in rows),
+            names=tuple(names[r] for r in rows),
+            row=order,
+            conditions=self.conditions[torch.tensor(rows)],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +90,15 @@ def load_queries(
     channels: int,
     size: int | tuple[int, int] | None = None,
     ids: Sequence[int] | None = None,
+    conditions: ConditionSource | None = None,
 ) -> QuerySet:
     """Read queries and check them against what the model takes.
 
     queries: see ``QuerySource``; a folder is read recursively, in the order of its sorted relative paths, and
         pixels become pixel / 255 * 2 - 1, as RGB or grey by ``channels``.
     channels: of the model; images need 1 or 3 [>= 1]. size: height and width [or None for any].
-    ids: ids to use instead of the hash of the content [N, 0..2^64-1].
+    ids: ids to use instead of the hash of content and condition [N, 0..2^64-1].
+    conditions: of the queries in their order; None for an unconditional model.
 
     Raises TypeError or ValueError naming the argument, or the file with what was expected and found: no image,
     another size, another number of channels, NaN, two contents with one id. FileNotFoundError for a missing path.
@@ -96,7 +110,8 @@ def load_queries(
     height_width = (size, size) if isinstance(size, int) else size
     for query in found:
         _check(query, channels, height_width or tuple(found[0].values().shape[1:]))
-    return _without_duplicates(found, _checked_ids(ids, found))
+    given = load_conditions(conditions, len(found))
+    return _without_duplicates(found, _checked_ids(ids, found, given), given)
 
 
 def _read(queries: QuerySource, channels: int) -> list[_Query]:
@@ -206,29 +221,34 @@ def _check(query: _Query, channels: int, size: tuple[int, ...]) -> None:
         raise ValueError(f"load_queries: query {query.name} must be finite, found NaN or infinity")
 
 
-def _checked_ids(ids: Sequence[int] | None, found: list[_Query]) -> list[int]:
+def _checked_ids(ids: Sequence[int] | None, found: list[_Query], conditions: Conditions) -> list[int]:
     if ids is None:
-        return [query_id(query.content) for query in found]
+        keys = (None,) if conditions.keys is None else conditions.keys
+        return [query_id(query.content, keys[row]) for query, row in zip(found, conditions.row, strict=True)]
     if len(ids) != len(found):
         raise ValueError(f"load_queries: ids must hold one id a query ({len(found)}), got {len(ids)}")
     return [check_int("load_queries", "ids", value, 0, 2**64 - 1) for value in ids]
 
 
-def _without_duplicates(found: list[_Query], ids: list[int]) -> QuerySet:
+def _without_duplicates(found: list[_Query], ids: list[int], conditions: Conditions) -> QuerySet:
     first: dict[int, int] = {}
-    distinct: list[_Query] = []
-    for query, number in zip(found, ids, strict=True):
+    distinct: list[int] = []
+    for index, number in enumerate(ids):
         known = first.setdefault(number, len(distinct))
         if known == len(distinct):
-            distinct.append(query)
-        elif not np.array_equal(distinct[known].content, query.content):
+            distinct.append(index)
+            continue
+        before = distinct[known]
+        same = np.array_equal(found[before].content, found[index].content)
+        if not same or conditions.row[before] != conditions.row[index]:
             raise ValueError(
-                f"load_queries: ids must differ where contents differ, got {number:#018x} for both "
-                f"{distinct[known].name} and {query.name}"
+                f"load_queries: ids must differ where {'conditions' if same else 'contents'} differ, got "
+                f"{number:#018x} for both {found[before].name} and {found[index].name}"
             )
     return QuerySet(
-        x0=torch.stack([query.values() for query in distinct]),
+        x0=torch.stack([found[index].values() for index in distinct]),
         ids=tuple(first),
         names=tuple(query.name for query in found),
         row=np.array([first[number] for number in ids], dtype=np.int64),
+        conditions=conditions[torch.tensor(distinct)],
     )

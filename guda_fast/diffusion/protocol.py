@@ -22,8 +22,9 @@ MAX_INDEX = 2**16 - 1  # the noise contract packs timestep and sample into one 3
 class DrawTable:
     """The draws of a protocol in its order: timestep by timestep, samples innermost.
 
-    timestep, sample: [(D,), int64]. model_timestep: the timestep as the model takes it [(D,), int64 or float32]. weight: factor of the squared error of the model's own prediction, already
-    divided by the samples per timestep [(D,), float64]. x0_scale, eps_scale: x_t = x0_scale x0 + eps_scale eps;
+    timestep, sample: [(D,), int64]. model_timestep: the timestep as the model takes it [(D,), int64 or float32].
+    weight: factor of the squared error of the model's own prediction, already divided by the samples per timestep
+    [(D,), float64]. x0_scale, eps_scale: x_t = x0_scale x0 + eps_scale eps;
     target_x0_scale, target_eps_scale: the same for what the model should predict [(D,), float64].
     """
 

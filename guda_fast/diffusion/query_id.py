@@ -13,16 +13,16 @@ NOISE_CONTRACT = 1
 """Version of the noise contract; results and caches of different versions never mix."""
 
 
-def query_id(content: np.ndarray[Any, Any], condition: str | int | None = None) -> int:
+def query_id(content: np.ndarray[Any, Any], condition: str | int | bytes | None = None) -> int:
     """The id of a query: the first 8 bytes, little endian, of a BLAKE2b digest.
 
     Hashed bytes: the kind (``image`` or ``tensor``), the number of dimensions and the sizes as little-endian
     int64, the uint8 pixels or little-endian float32 values in C order, then the condition with its tag
-    (``none``; ``prompt`` and UTF-8; ``label`` and decimal digits). Nothing that a device computed goes in, so
-    that the noise of a query is the same everywhere.
+    (``none``; ``prompt`` and UTF-8; ``label`` and decimal digits; ``values`` and a digest). Nothing that a device
+    computed goes in, so that the noise of a query is the same everywhere.
 
     content: decoded pixels [(H, W) or (H, W, 3), uint8] or values [any shape, float32].
-    condition: None, a prompt, or a class label.
+    condition: None, a prompt, a class label, or the digest of tensors that were given in their place.
 
     Returns the id [0..2^64-1]. Raises TypeError for other dtypes and conditions.
 
@@ -42,11 +42,13 @@ def query_id(content: np.ndarray[Any, Any], condition: str | int | None = None) 
     return int.from_bytes(digest.digest()[:8], "little")
 
 
-def _condition_bytes(condition: str | int | None) -> bytes:
+def _condition_bytes(condition: str | int | bytes | None) -> bytes:
     if condition is None:
         return b"none"
     if isinstance(condition, str):
         return b"prompt" + condition.encode("utf-8")
+    if isinstance(condition, bytes):
+        return b"values" + condition
     if isinstance(condition, int | np.integer) and not isinstance(condition, bool):
         return b"label" + str(int(condition)).encode("ascii")
-    raise TypeError(f"query_id: condition must be None, a prompt or a class label, got {describe(condition)}")
+    raise TypeError(f"query_id: condition must be None, a prompt, a class label or a digest, got {describe(condition)}")

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from guda_fast._validate import check_int
 from guda_fast.datasets.queries import QuerySet
@@ -36,15 +35,17 @@ class Full:
     def run(self, engine: Engine, queries: QuerySet, advance: Advance) -> Cells:
         """Scores of the distinct queries, tile by tile; see ``guda_fast.attribute``."""
         protocol, models = engine.protocol, list(range(1, len(engine.bank) + 1))
-        count, draws = len(queries.x0), protocol.draws
+        count, draws, names = len(queries.x0), protocol.draws, queries.distinct_names
         cells = Cells(
             scores=np.empty((count, len(models))),
             std_error=np.empty((count, len(models))),
             std_error_kind=std_error_kind(protocol),
             base_errors=np.empty((count, draws)),
         )
-        for tile in self._tiles(queries.x0, len(models) + 1, draws):
-            noised = engine.queries(queries.x0[tile], queries.ids[tile], queries.distinct_names[tile])
+        for tile in self._tiles(queries, len(models) + 1, draws):
+            noised = engine.queries(
+                queries.x0[tile], queries.ids[tile], names[tile], conditions=queries.conditions[tile]
+            )
             rows = Rows.product(len(noised.x0), models, draws)
             differences = engine.differences(noised, rows, advance).reshape(len(models), -1, draws)
             cells.base_errors[tile] = noised.base_errors
@@ -53,8 +54,9 @@ class Full:
                 cells.std_error[tile, k] = standard_error(difference, protocol)
         return cells
 
-    def _tiles(self, x0: Tensor, models: int, draws: int) -> Iterator[slice]:
-        bytes_a_query = x0[0].nbytes + models * draws * _BYTES_A_ROW
+    def _tiles(self, queries: QuerySet, models: int, draws: int) -> Iterator[slice]:
+        x0 = queries.x0
+        bytes_a_query = x0[0].nbytes + queries.conditions.bytes_a_row + models * draws * _BYTES_A_ROW
         size = max(1, self.tile_bytes // bytes_a_query)
         for start in range(0, len(x0), size):
             yield slice(start, start + size)

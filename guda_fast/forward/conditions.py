@@ -91,7 +91,10 @@ class Conditions:
         return replace(self, tensors=map_tensors(moved, self.tensors))
 
     def take(self, rows: Tensor) -> dict[str, Any]:
-        """The tensors of a forward's rows, as arguments by name; rows: of the tensors [(B,), int64, on their device]."""
+        """The tensors of a forward's rows, as arguments by name.
+
+        rows: which conditions [(B,), int64, on the device of the tensors]
+        """
         return map_tensors(lambda tensor: tensor[rows], self.tensors)
 
     def digests(self) -> tuple[bytes, ...]:

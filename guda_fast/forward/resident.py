@@ -20,8 +20,8 @@ _Key = tuple[tuple[str, torch.Size, torch.dtype], ...]
 class ResidentForward:
     """Calls a model whose weights change in place between calls.
 
-    On CUDA each batch size, and shape of conditions, is captured in a CUDA graph at its first use, and replayed: the weights keep their
-    memory, so that one graph serves all models. Its result is overwritten by the next replay.
+    On CUDA each batch size, with conditions of one shape, is captured in a CUDA graph at its first use, and replayed:
+    the weights keep their memory, so that one graph serves all models. Its result is overwritten by the next replay.
 
     model: its residual blocks, norms and attention are fused here. compiled: through torch.compile.
     """

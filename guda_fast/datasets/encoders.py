@@ -1,0 +1,56 @@
+"""The frozen networks round a latent model: found in a pipeline's folder, loaded from there only, and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def component(where: str, folder: str | os.PathLike[str], name: str) -> Path:
+    """The folder of a pipeline's part: ``folder/name``, or ``folder`` itself if that is the part.
+
+    Raises FileNotFoundError where neither holds a configuration.
+    """
+    for path in (Path(folder) / name, Path(folder)):
+        if (path / "config.json").is_file():
+            return path
+    raise FileNotFoundError(
+        f"{where}: {folder} must be a pipeline saved by diffusers, or its {name}, found no config.json in it or in "
+        f"{name}/"
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.json`` of a folder. Raises ValueError naming a file that is damaged."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: must be a configuration in JSON, found a damaged file ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: must hold a JSON object, found {type(config).__name__}")
+    return config
+
+
+def frozen(model: nn.Module, device: torch.device | str | None) -> nn.Module:
+    """The model in float32 for inference, on a device [CUDA where there is one]."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Not the model's own `to`, which in diffusers has something to say about dtypes.
+    return nn.Module.to(model.eval().requires_grad_(False), device=device, dtype=torch.float32)
+
+
+def weights_hash(*models: nn.Module) -> str:
+    """A hash over the names and values of all tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for model in models:
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
