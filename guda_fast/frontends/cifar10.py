@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--base_elbo_cache", type=Path, help=".npz of the base's errors: read and checked if it is there, else written"
     )
+    protocol.add_argument("--forward_batch", type=int, help="rows a forward at most [by model and device]")
     add_execution_options(made, "fp32", ("fp32", "bf16", "fp64", "tf32", "fp16", "auto"))
     return made
 
@@ -162,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     replayed = options.noise == "reference"
     # Noise that depends on an image's place is not the same for its duplicates.
     ids = range(len(paths)) if replayed else images.query_ids
-    prepared = prepare(images.x0[images.row], bank, protocol, execution(options), ids=ids)
+    prepared = prepare(images.x0[images.row], bank, protocol, execution(options, options.forward_batch), ids=ids)
     scores = _score(options, prepared, images, paths, protocol)
     if options.single_class_mode:
         scores = with_zeros({int(next(iter(models.groups))): scores[:, 0]}, len(models.classes), len(paths))

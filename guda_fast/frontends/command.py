@@ -31,9 +31,6 @@ def add_execution_options(parser: argparse.ArgumentParser, precision: str, preci
     group.add_argument("--device", help="cpu, cuda, cuda:1 ... [CUDA where there is one]")
     group.add_argument("--plan", choices=PLANS, default="auto", help="how models are run [auto]")
     group.add_argument(
-        "--forward_batch", type=int, help="rows a forward; halved when memory runs out [chosen by model and device]"
-    )
-    group.add_argument(
         "--skip-missing",
         "--skip_missing",
         action="store_true",
@@ -41,10 +38,10 @@ def add_execution_options(parser: argparse.ArgumentParser, precision: str, preci
     )
 
 
-def execution(options: argparse.Namespace) -> Execution:
-    """The execution options as `prepare` takes them."""
+def execution(options: argparse.Namespace, rows: int | None) -> Execution:
+    """The execution options as `prepare` takes them; rows: of a forward, None for what suits model and device."""
     return Execution(
-        batch_size=options.forward_batch,
+        batch_size=rows,
         device=options.device,
         precision=options.precision,
         plan=options.plan,
