@@ -203,10 +203,10 @@ def _score(
         if options.base_elbo_cache.exists():
             _take(cache, engine, queries, distinct)
             cache = None
-    scores = score_images(engine, queries, batches)
+    scores: FloatArray = score_images(engine, queries, batches)[distinct.row]
     if cache is not None:
         cache.write(queries.base_errors[distinct.row])
-    return scores[distinct.row]
+    return scores
 
 
 def _seeded_noise(options: argparse.Namespace, engine: Engine, batches: ImageBatches, paths: list[Path]) -> NoiseSource:

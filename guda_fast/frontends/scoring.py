@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from guda_fast.diffusion.schedule import FloatArray, IntArray
-from guda_fast.forward import Engine, Rows
+from guda_fast.forward import Advance, Engine, Rows
 from guda_fast.forward.noised import NoisedQueries
 from guda_fast.forward.rows import BASE
 
@@ -43,22 +43,19 @@ def falling(draws: int) -> list[int]:
     return list(range(draws))[::-1]
 
 
-def errors_of_base(engine: Engine, queries: NoisedQueries, batches: ImageBatches, bar: tqdm[None]) -> FloatArray:
-    """Weighted errors of the base at all draws, computed where `NoisedQueries.base_errors` does not know them."""
+def errors_of_base(engine: Engine, queries: NoisedQueries, batches: ImageBatches, advance: Advance) -> None:
+    """Compute the weighted errors of the base at all draws that ``queries.base_errors`` does not know yet."""
     for tile in batches.tiles(queries.draws):
         rows = _rows(batches, tile, queries.draws, [BASE])
         unknown = torch.from_numpy(np.isnan(queries.base_errors[rows.query, rows.draw])).nonzero().flatten()
         rows = rows[unknown]
-        queries.base_errors[rows.query, rows.draw] = engine.errors(queries, rows, bar.update)
-    return queries.base_errors
+        queries.base_errors[rows.query, rows.draw] = engine.errors(queries, rows, advance)
 
 
 def score_images(
     engine: Engine,
     queries: NoisedQueries,
     batches: ImageBatches,
-    *,
-    show_progress: bool = True,
 ) -> FloatArray:
     """Scores of all images under all groups of the engine's bank [(N, K), float64].
 
@@ -71,10 +68,12 @@ def score_images(
     scores = np.empty((batches.images, models))
     known = int(np.isfinite(queries.base_errors).sum())
     total = (models + 1) * batches.images * draws - known
-    with tqdm(
-        total=total, desc="score", unit="forward", unit_scale=True, dynamic_ncols=True, disable=not show_progress
-    ) as bar:
-        errors_of_base(engine, queries, batches, bar)
+    with tqdm(total=total, desc="score", unit="forward", unit_scale=True, dynamic_ncols=True) as bar:
+
+        def advance(forwards: int) -> None:
+            bar.update(forwards)
+
+        errors_of_base(engine, queries, batches, advance)
         for tile in batches.tiles(draws):
             at_once = max(1, _ROWS // (len(tile) * draws))
             for first in range(0, models, at_once):
@@ -82,7 +81,7 @@ def score_images(
                 rows = _rows(batches, tile, draws, [model + 1 for model in part])
                 differences = np.empty((len(part), len(tile), draws))
                 place = (rows.model - 1 - first, rows.query - tile.start, rows.draw)
-                differences[place] = engine.differences(queries, rows, bar.update)
+                differences[place] = engine.differences(queries, rows, advance)
                 scores[tile.start : tile.stop, part] = differences.sum(axis=2).T
     return scores
 
