@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import guda_fast as gf
+from cifar_cases import BATCH, IMAGES, LOW, images, models, one_thread, rows_of, unlearned
 from guda_fast.frontends import cifar10
 from reference_scorers import cifar10 as reference
-from test_frontend_cifar10 import BATCH, IMAGES, LOW, images, models, one_thread, rows_of, unlearnedfrom tiny import perturbed, tiny_unet
+from tiny import perturbed, tiny_unet
 
 __all__ = ["images", "models", "one_thread"]
 ONE = ["--single_class_mode"]
