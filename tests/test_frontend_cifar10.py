@@ -10,7 +10,7 @@ import pytest
 
 import guda_fast as gf
 from cifar_cases import BATCH, IMAGES, LOW, SPREAD, images, models, one_thread, rows_of, save_models, unlearned
-from guda_fast.frontends import cifar10
+from guda_fast.frontends import cifar10, scoring
 from reference_scorers import cifar10 as reference
 
 __all__ = ["images", "models", "one_thread"]
@@ -94,6 +94,18 @@ def test_contract_noise_is_attributes_and_the_same_for_every_batch_size(models, 
     cifar10.main(unlearned(models, images, tmp_path, *LOW[:-1], "64", "--out_csv", "other.csv"))
     other = [float(row[2]) for row in rows_of(tmp_path / "other.csv")[1:]]
     np.testing.assert_allclose(other, found.ravel(), rtol=0, atol=1e-5 * np.abs(found).max())
+
+
+@pytest.mark.parametrize("rows", [1, 2 * BATCH * 5])
+def test_scores_do_not_depend_on_how_many_rows_a_call_holds(models, images, tmp_path, monkeypatch, rows) -> None:
+    options = unlearned(models, images, tmp_path, *LOW, "--noise", "reference", "--plan", "swap")
+    cifar10.main([*options, "--out_csv", "whole.csv"])
+    monkeypatch.setattr(scoring, "_ROWS", rows)
+    cifar10.main([*options, "--out_csv", "tiles.csv"])
+    rows_by_name = (rows_of(tmp_path / name)[1:] for name in ("whole.csv", "tiles.csv"))
+    whole, tiles = (np.array([float(row[2]) for row in own]) for own in rows_by_name)
+    # Forwards of other sizes round differently.
+    np.testing.assert_allclose(tiles, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
 
 
 def test_a_missing_group_is_an_error_or_left_out_and_said(models, images, tmp_path, capsys) -> None:

@@ -192,7 +192,7 @@ def _score(
 ) -> FloatArray:
     """Scores of all images [(N, K), float64]; the base's errors from and to the cache."""
     engine, distinct = prepared.engine, prepared.queries
-    batches = ImageBatches(len(distinct.x0), options.batch if options.noise == "reference" else len(distinct.x0))
+    batches = ImageBatches(len(distinct.x0), options.batch)
     names = tuple(path.name for path in paths)
     own = tuple(names[i] for i in np.unique(distinct.row, return_index=True)[1])
     noise = _seeded_noise(options, engine, batches, paths) if options.noise == "reference" else None

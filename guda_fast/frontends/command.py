@@ -21,8 +21,8 @@ def add_execution_options(parser: argparse.ArgumentParser, precision: str, preci
         "--noise",
         choices=("contract", "reference"),
         default="contract",
-        help="contract: guda_fast's own noise, which depends on the image alone and is faster; reference: the script's "
-        "own, batch by batch, which gives its CSV [contract]",
+        help="contract: guda_fast's own noise, which depends on the image alone; reference: the script's own, which "
+        "gives its CSV [contract]",
     )
     group.add_argument("--precision", choices=precisions, default=precision, help=f"of the forwards [{precision}]")
     group.add_argument(

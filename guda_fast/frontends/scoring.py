@@ -52,15 +52,11 @@ def errors_of_base(engine: Engine, queries: NoisedQueries, batches: ImageBatches
         queries.base_errors[rows.query, rows.draw] = engine.errors(queries, rows, advance)
 
 
-def score_images(
-    engine: Engine,
-    queries: NoisedQueries,
-    batches: ImageBatches,
-) -> FloatArray:
+def score_images(engine: Engine, queries: NoisedQueries, batches: ImageBatches) -> FloatArray:
     """Scores of all images under all groups of the engine's bank [(N, K), float64].
 
-    Each model goes through all its rows before the next one is applied, and the base through its own once. Rows come
-    batch of images by batch, the highest timestep first, which is the order that seeded noise is cheapest in.
+    Each model goes through the rows of a tile before the next one is applied, and the base through its own once. Rows
+    come batch of images by batch, the highest timestep first, which is the order that seeded noise is cheapest in.
 
     queries: of the engine; base errors that are known there are not computed again, the others are left there.
     """

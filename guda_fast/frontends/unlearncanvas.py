@@ -22,6 +22,7 @@ from guda_fast.frontends.unlearncanvas_files import checkpoint, find_groups, fin
 from guda_fast.prepare import prepare
 
 PROGRAM = "python -m guda_fast.frontends.unlearncanvas"
+_IMAGES = 64  # whose rows follow each other; noise does not depend on it
 _NOISE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     engine, found = prepared.engine, prepared.queries
     noise = _replayed_noise(options, engine, len(found.x0)) if replayed else None
     queries = engine.queries(found.x0, found.ids, found.distinct_names, conditions=found.conditions, noise=noise)
-    scores = score_images(engine, queries, ImageBatches(len(found.x0), len(found.x0)))[found.row]
+    scores = score_images(engine, queries, ImageBatches(len(found.x0), _IMAGES))[found.row]
     target.parent.mkdir(parents=True, exist_ok=True)
     column = "una_score" if options.logo_dir is None else "logoa_score"
     write_scores(target, column, options.image_dir, images, dict(zip(bank.groups, scores.T, strict=True)))
