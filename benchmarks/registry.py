@@ -68,6 +68,7 @@ def benchmarks() -> dict[str, Benchmark]:
     from benchmarks import (
         attention,
         delta_ops,
+        frontends,
         gpu_ceilings,
         gpu_delta_ops,
         gpu_group_norm_silu,
@@ -90,6 +91,7 @@ def benchmarks() -> dict[str, Benchmark]:
         plans,
         ladder,
         ladder_large,
+        frontends,
         gpu_ceilings,
         gpu_noise_ops,
         gpu_group_norm_silu,

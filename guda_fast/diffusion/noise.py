@@ -15,7 +15,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class NoiseSource(Protocol):
-    """Noise for the rows of a run instead of the contract's; slower, since nothing of it is fused."""
+    """Noise for the rows of a run instead of the contract's; it is made and held outside of the ops."""
 
     def noise(self, query: Tensor, draw: Tensor) -> Tensor:
         """The noise of rows [(B, C, H, W), float32, on the device of the run].
