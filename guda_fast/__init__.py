@@ -10,7 +10,7 @@ from guda_fast._backends import explain, use_backend
 from guda_fast._version import __version__
 from guda_fast.attribution import attribute
 from guda_fast.build_config import build_config
-from guda_fast.deltas import DeltaBank, Source
+from guda_fast.deltas import DeltaBank, Pack, Source, append_pack, build_pack
 from guda_fast.diffusion import Protocol, Schedule
 from guda_fast.errors import (
     BackendUnavailableError,
@@ -32,14 +32,17 @@ __all__ = [
     "CheckpointError",
     "DeltaBank",
     "Full",
+    "Pack",
     "PrecisionError",
     "Protocol",
     "Schedule",
     "Source",
     "__version__",
     "add_noise",
+    "append_pack",
     "attribute",
     "build_config",
+    "build_pack",
     "denoising_error",
     "explain",
     "precision_audit",
