@@ -107,7 +107,7 @@ class Pack:
 
     @property
     def base_origin(self) -> str:
-        """Where the base was when the pack was built: a path, or a description of an object in memory."""
+        """The folder of the base when the pack was built; empty where it was an object in memory."""
         return self._shards[0].header.base_origin
 
     @property
@@ -176,7 +176,7 @@ class Pack:
         if base_hash != self.base_hash:
             raise CheckpointError(
                 f"{self.path}: key 'base.hash' must be that of the base, {base_hash} ({base_origin}), "
-                f"found {self.base_hash} ({self.base_origin})"
+                f"found {self.base_hash} ({self.base_origin or 'an object in memory'})"
             )
 
     def check_fits(self, tensors: Iterable[BaseTensor]) -> None:

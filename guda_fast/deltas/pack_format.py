@@ -114,7 +114,7 @@ class PackHeader:
     """What one file of a pack says of itself.
 
     base_hash: of the base's tensors
-    base_origin: the path of the base, or a description
+    base_origin: the path of the base, empty for an object in memory
     dtype, rank, tolerance: what the writer was asked for
     supports: the distinct supports of the groups
     groups: in their order
@@ -325,7 +325,7 @@ def _count(item: Mapping[str, Any], key: str, where: str = "") -> int:
 
 def _real(item: Mapping[str, Any], key: str, low: float, high: float, where: str = "") -> float:
     found = item.get(key)
-    if type(found) not in (int, float) or not (low <= found <= high and abs(found) <= sys.float_info.max):
+    if not isinstance(found, int | float) or isinstance(found, bool) or not (low <= found <= high and abs(found) <= sys.float_info.max):
         raise HeaderProblem(f"key '{_path(where, key)}' must be in [{low:g}, {high:g}], found {_short(found)}")
     return float(found)
 

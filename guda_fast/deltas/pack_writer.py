@@ -89,7 +89,8 @@ def build_pack(
     how = _Settings.checked("build_pack", dtype, rank, tolerance)
     bank = DeltaBank.load(base, counterfactuals, allow_identical=allow_identical)
     target = Path(path).resolve()
-    with _written(bank, how, target.parent, progress) as shard:
+    origin = str(Path(base).absolute()) if isinstance(base, str | os.PathLike) else ""
+    with _written(bank, origin, how, target.parent, progress) as shard:
         shard.write(target)
     return Pack.open(target)
 
@@ -126,9 +127,11 @@ def append_pack(
     pack = Pack.open(path)
     if twice := [group for group in counterfactuals if group in pack.groups]:
         raise CheckpointError(f"{pack.path}: must not hold group {twice[0]!r} already")
+    if base is None and not pack.base_origin:
+        raise ValueError(f"append_pack: base must be given, because {pack.path} was built from a model in memory")
     bank = DeltaBank.load(pack.base_origin if base is None else base, counterfactuals, allow_identical=allow_identical)
     pack.check_base(bank.weights_hash, bank.origin)
-    with _written(bank, how, pack.path.parent, progress) as shard:
+    with _written(bank, pack.base_origin, how, pack.path.parent, progress) as shard:
         added = shard.write(pack.path.with_name(f"{pack.path.stem}.{shard.hash}.safetensors"))
     _add_to_index(pack, added)
     return Pack.open(pack.path)
@@ -208,12 +211,10 @@ class _Shard:
             )
         )
 
-    def finish(self, bank: DeltaBank) -> None:
+    def finish(self, base_hash: str, base_origin: str) -> None:
         """Make the header, when all groups are there."""
         how, supports = self._how, tuple(dict(support) for support in self._supports)
-        header = PackHeader(
-            bank.weights_hash, bank.origin, how.dtype, how.rank, how.tolerance, supports, tuple(self._groups)
-        )
+        header = PackHeader(base_hash, base_origin, how.dtype, how.rank, how.tolerance, supports, tuple(self._groups))
         keys = sorted({key for support in supports for key in tensor_keys(support)})
         tensors, offset = {}, 0
         for key in keys:
@@ -281,7 +282,9 @@ class _Error:
 
 
 @contextmanager
-def _written(bank: DeltaBank, how: _Settings, folder: Path, progress: ProgressCallback | None) -> Iterator[_Shard]:
+def _written(
+    bank: DeltaBank, base_origin: str, how: _Settings, folder: Path, progress: ProgressCallback | None
+) -> Iterator[_Shard]:
     """A file's rows and header, kept in a file without a name as long as the block lasts."""
     with tempfile.TemporaryFile(dir=folder) as spool, torch.no_grad():
         shard = _Shard(how, spool)
@@ -289,7 +292,7 @@ def _written(bank: DeltaBank, how: _Settings, folder: Path, progress: ProgressCa
             shard.add(group, bank)
             if progress is not None:
                 progress(done, len(bank))
-        shard.finish(bank)
+        shard.finish(bank.weights_hash, base_origin)
         yield shard
 
 
