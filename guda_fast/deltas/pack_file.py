@@ -55,6 +55,8 @@ class PackFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: must be a file, found something else")
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:

@@ -157,8 +157,8 @@ class PackHeader:
         if count > 1:
             raise HeaderProblem(f"key 'groups' must name each group once, found {name!r} {count} times")
         return cls(
-            _hash(base, "hash"),
-            _text(base, "origin"),
+            _hash(base, "hash", "base"),
+            _text(base, "origin", "base"),
             _text(content, "dtype"),
             _text(content, "rank"),
             _real(content, "tolerance", 0.0, 1.0),
@@ -325,7 +325,11 @@ def _count(item: Mapping[str, Any], key: str, where: str = "") -> int:
 
 def _real(item: Mapping[str, Any], key: str, low: float, high: float, where: str = "") -> float:
     found = item.get(key)
-    if not isinstance(found, int | float) or isinstance(found, bool) or not (low <= found <= high and abs(found) <= sys.float_info.max):
+    if (
+        not isinstance(found, int | float)
+        or isinstance(found, bool)
+        or not (low <= found <= high and abs(found) <= sys.float_info.max)
+    ):
         raise HeaderProblem(f"key '{_path(where, key)}' must be in [{low:g}, {high:g}], found {_short(found)}")
     return float(found)
 
