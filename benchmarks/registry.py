@@ -78,6 +78,7 @@ def benchmarks() -> dict[str, Benchmark]:
         ladder_large,
         noise_ops,
         noise_ops_threads,
+        pack,
         plans,
     )
 
@@ -88,6 +89,7 @@ def benchmarks() -> dict[str, Benchmark]:
         attention,
         delta_ops,
         plans,
+        pack,
         ladder,
         ladder_large,
         gpu_ceilings,

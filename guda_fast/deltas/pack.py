@@ -129,19 +129,17 @@ class Pack:
     def __getitem__(self, group: str) -> PackedGroup:
         """What the header says of a group; ValueError where there is none of this name."""
         shard, position = self._place(group)
-        header, support = shard.header.groups[position], shard.support(position)
-        values, size = shard.sizes(position)
+        header, summary = shard.header.groups[position], shard.summary(position)
         survey = Survey(
             f"{self.path}: group {group!r}",
-            {name: form.kind for name, form in support.items()},
+            summary.kinds,
             header.hash,
-            size,
-            values,
+            summary.bytes,
+            summary.values,
             header.relative_rms,
             header.cosine,
         )
-        ranks = {name: form.rank for name, form in support.items() if form.rank is not None}
-        return PackedGroup(group, header.origin, header.sources, survey, ranks, header.rounding)
+        return PackedGroup(group, header.origin, header.sources, survey, summary.ranks, header.rounding)
 
     def __len__(self) -> int:
         return len(self._places)

@@ -126,6 +126,22 @@ class PackFile:
         return text_hash(text), content
 
 
+@dataclass(frozen=True)
+class Summary:
+    """What the header tells of a group's parts.
+
+    kinds: "dense" or "low-rank", by parameter
+    ranks: of the low-rank parts
+    values: in the tensors that change
+    bytes: of the parts, once they are read
+    """
+
+    kinds: Mapping[str, str]
+    ranks: Mapping[str, int]
+    values: int
+    bytes: int
+
+
 class Shard:
     """The groups that one file holds.
 
@@ -135,6 +151,7 @@ class Shard:
     def __init__(self, file: PackFile) -> None:
         self._file = file
         self.path = file.path
+        self._summaries: dict[int, Summary] = {}
         self.entry = IndexEntry(file.path.name, file.size, file.hash)
         try:
             self.header = PackHeader.from_json(file.content)
@@ -142,10 +159,6 @@ class Shard:
             self._check_stacks()
         except HeaderProblem as problem:
             raise CheckpointError(f"{file.path}: {problem}") from None
-
-    def support(self, position: int) -> Support:
-        """How the parts of a group are stored."""
-        return self.header.supports[self.header.groups[position].support]
 
     def parts(self, position: int, only: Collection[str] | None = None) -> Iterator[tuple[str, Part]]:
         """The parts of a group in the order of their names, each read when its turn comes, contiguous, in float32 or
@@ -156,7 +169,7 @@ class Shard:
         """
         group, before = self.header.groups[position], Counter(g.support for g in self.header.groups[:position])
         checksums = iter(group.checksums)
-        for name, form in self.support(position).items():
+        for name, form in self.header.supports[group.support].items():
             keys = form.keys(name)
             expected = [next(checksums) for _ in keys]
             if only is not None and name not in only:
@@ -168,14 +181,12 @@ class Shard:
             yield name, Dense(*tensors) if form.rank is None else LowRank(*tensors)
             del tensors  # the next one is read into its memory
 
-    def sizes(self, position: int) -> tuple[int, int]:
-        """The values in the tensors that a group changes, and the bytes that its parts take once read."""
-        values = size = 0
-        for name, form in self.support(position).items():
-            shapes = [self._file.stacks[key].shape[1:] for key in form.keys(name)]
-            values += _numel(shapes[0]) if form.rank is None else shapes[0][0] * _numel(shapes[1][1:])
-            size += wide(form.dtype).itemsize * sum(map(_numel, shapes))
-        return values, size
+    def summary(self, position: int) -> Summary:
+        """What there is to say of a group without its values."""
+        support = self.header.groups[position].support
+        if support not in self._summaries:
+            self._summaries[support] = self._summary(self.header.supports[support])
+        return self._summaries[support]
 
     def check_fits(self, tensors: Mapping[str, BaseTensor]) -> None:
         """Check that every part belongs to a tensor of the base that has its shape.
@@ -191,6 +202,19 @@ class Shard:
                     found = self._file.stacks[key].shape[1:]
                     if found != expected:
                         raise CheckpointError(f"{self.path}: key {key!r} must hold {expected} a group, found {found}")
+
+    def _summary(self, support: Support) -> Summary:
+        values = size = 0
+        for name, form in support.items():
+            shapes = [self._file.stacks[key].shape[1:] for key in form.keys(name)]
+            values += _numel(shapes[0]) if form.rank is None else shapes[0][0] * _numel(shapes[1][1:])
+            size += wide(form.dtype).itemsize * sum(map(_numel, shapes))
+        return Summary(
+            {name: form.kind for name, form in support.items()},
+            {name: form.rank for name, form in support.items() if form.rank is not None},
+            values,
+            size,
+        )
 
     def _tensor(self, group: str, key: str, row: int, checksum: int) -> torch.Tensor:
         stored = self._file.row(key, row)

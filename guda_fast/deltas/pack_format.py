@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import struct
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -150,7 +151,8 @@ class PackHeader:
         """
         base = _mapping(content, "base")
         supports = tuple(_support(found, f"supports[{i}]") for i, found in enumerate(_list(content, "supports")))
-        groups = tuple(_group(found, f"groups[{i}]", supports) for i, found in enumerate(_list(content, "groups")))
+        tensors = [sum(1 for _ in tensor_keys(support)) for support in supports]
+        groups = tuple(_group(found, f"groups[{i}]", tensors) for i, found in enumerate(_list(content, "groups")))
         if not groups:
             raise HeaderProblem("key 'groups' must name a group, found none")
         ((name, count),) = Counter(group.name for group in groups).most_common(1)
@@ -232,11 +234,12 @@ def _group_json(group: GroupHeader) -> dict[str, Any]:
     }
 
 
-def _group(found: object, where: str, supports: Sequence[Support]) -> GroupHeader:
+def _group(found: object, where: str, tensors: Sequence[int]) -> GroupHeader:
+    """A group's header; tensors gives how many each support has."""
     item = _object(found, where)
     support, name = _count(item, "support", where), _text(item, "name", where)
-    if support >= len(supports):
-        raise HeaderProblem(f"key '{where}.support' must be below {len(supports)}, found {support}")
+    if support >= len(tensors):
+        raise HeaderProblem(f"key '{where}.support' must be below {len(tensors)}, found {support}")
     if not name:
         raise HeaderProblem(f"key '{where}.name' must not be empty")
     cosine, rounding = _mapping(item, "cosine", where), _mapping(item, "rounding", where)
@@ -253,7 +256,7 @@ def _group(found: object, where: str, supports: Sequence[Support]) -> GroupHeade
             _real(rounding, "cosine", -1.0, 1.0, f"{where}.rounding"),
             _real(rounding, "relative_error", 0.0, math.inf, f"{where}.rounding"),
         ),
-        _checksums(_text(item, "checksums", where), sum(1 for _ in tensor_keys(supports[support])), where),
+        _checksums(_text(item, "checksums", where), tensors[support], where),
     )
 
 
@@ -280,7 +283,7 @@ def _checksums(text: str, count: int, where: str) -> tuple[int, ...]:
     if len(text) != count * _CHECKSUM_DIGITS or len(found) * 2 != len(text):
         wanted = f"{_CHECKSUM_DIGITS} hexadecimal digits for each of {count} tensors"
         raise HeaderProblem(f"key '{where}.checksums' must be {wanted}, found {_short(text)}")
-    return tuple(int.from_bytes(found[i : i + 4], "big") for i in range(0, len(found), 4))
+    return struct.unpack(f">{count}I", found)
 
 
 def _object(found: object, where: str) -> Mapping[str, Any]:
