@@ -37,6 +37,10 @@ class _Files:
     def from_pack(self) -> DeltaBank:
         return DeltaBank.load(self.workload.base, self.pack)
 
+    def apply(self, bank: DeltaBank, number: int) -> object:
+        """Make the bank's model a counterfactual of these files, which last as long as somebody can call this."""
+        return bank.apply(number)
+
     @property
     def model_bytes(self) -> int:
         return 4 * sum(parameter.numel() for parameter in self.workload.base.parameters())
@@ -73,8 +77,8 @@ def apply_case(network: str, dtype: str) -> Case:
         # Read the difference and theta_0, write the model.
         bytes=2 * files.model_bytes + files.model_bytes // (2 if dtype == "float16" else 1),
         input_sets=2 * KEPT,
-        rival=Contender("folders", architecture(), lambda number: folders.apply(number)),
-        contenders=[Contender("pack", architecture(), lambda number: pack.apply(number))],
+        rival=Contender("folders", architecture(), partial(files.apply, folders)),
+        contenders=[Contender("pack", architecture(), partial(files.apply, pack))],
     )
 
 
