@@ -111,7 +111,10 @@ BAD_STATES: list[tuple[Callable[[State], None], str]] = [
         spoil_shapes,
         r"key 'conv_in.weight' must have shape \(8, 1, 3, 3\) .*\(8, 3, 3, 3\) \(and 2 more keys\)$",
     ),
-    (spoil_missing, r"key 'conv_in.weight' is missing \(and 1 more key\)$"),
+    (
+        spoil_missing,
+        r"key 'conv_in.weight' is missing \(and 1 more key\); pass Source\(..., format=\"partial\"\) if the rest",
+    ),
     (spoil_unknown, r"key 'conv_in.alpha' is not in the base$"),
     (spoil_renamed, r"key 'conv_out.weight' is missing; key 'conv_out.w' is not in the base$"),
     (

@@ -216,6 +216,7 @@ def _check_names(base: Sequence[BaseTensor], weights: Weights) -> None:
         problems.append(f"key {unknown[0]!r} is not in the base{_more(len(unknown) - 1)}")
     if problems:
         origin = weights.origin if missing else given[unknown[0]]
+        problems += [weights.advice] if weights.advice else []
         raise CheckpointError(f"{origin}: {'; '.join(problems)}")
     for tensor in base:
         low_rank = [name for name in tensor.names if name in weights.factors]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,9 +13,11 @@ import torch
 from guda_fast._validate import check_choice, check_real, describe
 from guda_fast.deltas.base import Base
 from guda_fast.deltas.delta import Delta
+from guda_fast.deltas.formats import compvis, ema, lora, partial, peft
 from guda_fast.deltas.formats.diffusers import check_config, open_folder
-from guda_fast.deltas.formats.state_dict import from_mapping, open_file
+from guda_fast.deltas.formats.state_dict import from_mapping, open_file, refuse_text_encoders
 from guda_fast.deltas.weights import Weights, existing_path, from_module, unwrapped
+from guda_fast.errors import CheckpointError
 
 Openable = str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module
 Format = Literal["diffusers", "state_dict", "partial", "peft", "lora", "ema", "compvis"]
@@ -30,7 +32,7 @@ class Source:
     what: a path, a state dict, a torch.nn.Module, a Delta, or a callable that gives one of these when a bank is loaded
     format: its format, None to recognise it from the content
     weights: "raw", or "ema" for the moving average that a training script kept beside the weights
-    scale: multiplies a LoRA file's difference, on top of the file's own alpha / rank [-1e6 <= scale <= 1e6]
+    scale: multiplies a LoRA's difference, on top of its own alpha / rank [-1e6 <= scale <= 1e6]
     variant: of a diffusers folder that has several, such as "fp16" or "non_ema"; None for the plain weights
 
     Raises: TypeError or ValueError for an argument of another type or range
@@ -58,6 +60,8 @@ class Source:
 
 
 SourceLike = Openable | Delta | Callable[[], Openable | Delta] | Source
+_LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+_BY_KEYS = ("state_dict", "partial", "lora", "ema", "compvis")
 _KINDS = "a path, a state dict, a torch.nn.Module, a Delta, or a callable that gives one of these"
 
 
@@ -79,8 +83,12 @@ def resolved(source: SourceLike, name: str) -> tuple[Openable | Delta, Source]:
     if isinstance(what, str | os.PathLike):
         # In full, so that a change of the working directory changes nothing.
         return existing_path(what).absolute(), how
+    if isinstance(what, Delta) and (how.format, how.weights, how.scale, how.variant) != (None, "raw", 1, None):
+        raise ValueError(f"DeltaBank.load: {name}: a Delta leaves no choice of format, weights, scale or variant")
     if not isinstance(what, Mapping | torch.nn.Module | Delta):
-        raise TypeError(f"DeltaBank.load: {name} must give {_KINDS.partition(', or')[0]}, got {describe(what)}")
+        raise TypeError(
+            f"DeltaBank.load: {name} must give a path, a state dict, a torch.nn.Module or a Delta, got {describe(what)}"
+        )
     return what, how
 
 
@@ -91,16 +99,87 @@ def open_source(what: Openable, how: Source, name: str, base: Base) -> Weights:
     how: the format and the choices that were asked for
     name: what the argument is called in messages about an object in memory
     base: the model that it is a counterfactual of
-    Returns: its tensors, whose values are read when asked for
-    Raises: CheckpointError for what cannot be read
+    Returns: its tensors by the base's names, whose values are read when asked for
+    Raises: CheckpointError for what cannot be read, or is not what was asked for
     """
-    if isinstance(what, torch.nn.Module):
-        weights = from_module(unwrapped(what), name)
-    elif isinstance(what, Mapping):
-        weights = from_mapping(what, name)
+    if isinstance(what, Path) and what.is_dir():
+        weights, found = _open_folder(what, how, base)
     else:
-        path = Path(what)
-        weights = open_folder(path) if path.is_dir() else open_file(path)
+        if isinstance(what, torch.nn.Module):
+            weights = from_module(unwrapped(what), name)
+        elif isinstance(what, Mapping):
+            weights = from_mapping(what, name)
+        else:
+            weights = open_file(Path(what))
+        weights, found = _recognised(weights, how, base)
+    _check_choices(how, found, weights.origin)
     if base.config is not None:
         check_config(base.config, type(base.model), weights)
     return weights
+
+
+def _open_folder(folder: Path, how: Source, base: Base) -> tuple[Weights, Format]:
+    """The model or the adapter in a folder, and its format."""
+    if peft.is_adapter(folder):
+        return peft.open_adapter(folder, _shapes(base), how.scale), "peft"
+    # A pipeline's save_lora_weights gives its file a folder of its own.
+    adapters = [folder / name for name in _LORA_FILES if (folder / name).is_file()]
+    if adapters and not (folder / "config.json").is_file():
+        return lora.converted(open_file(adapters[0]), _shapes(base), how.scale), "lora"
+    average = how.weights == "ema" or how.format == "ema"
+    weights = open_folder(folder, variant=how.variant, average=average)
+    return (ema.converted(weights, base.parameters), "ema") if ema.is_ema(weights) else (weights, "diffusers")
+
+
+def _recognised(weights: Weights, how: Source, base: Base) -> tuple[Weights, Format]:
+    """The tensors of a file or a mapping by the base's names, and their format: what was asked for, or by their keys.
+
+    Raises: CheckpointError where they cannot be read as that format
+    """
+    found = how.format if how.format in _BY_KEYS else _format(weights, base)
+    if found == "ema":
+        return ema.converted(weights, base.parameters), found
+    if found == "lora":
+        if not lora.is_lora(weights):
+            raise CheckpointError(
+                f"{weights.origin}: must be of format 'lora', found no factors, but {next(iter(weights.entries))!r}"
+            )
+        return lora.converted(weights, _shapes(base), how.scale), found
+    if found == "compvis":
+        average = how.weights == "ema"
+        return compvis.converted(weights, base.config, len(base.tensors), average=average), found
+    named = weights.named_like(list(_shapes(base)))
+    refuse_text_encoders(named, _shapes(base).keys())
+    if found == "partial":
+        return partial.as_partial(named), found
+    if how.format is None and weights.config is None and partial.lacks_keys(named, base.tensors):
+        named = replace(named, advice='pass Source(..., format="partial") if the rest equals the base')
+    return named, found
+
+
+def _format(weights: Weights, base: Base) -> Format:
+    """What the keys say: those of each format are in no other."""
+    if ema.is_ema(weights):
+        return "ema"
+    if compvis.is_compvis(weights):
+        return "compvis"
+    if lora.is_lora(weights):
+        return "lora"
+    bare = weights.config is None and partial.is_partial(weights.named_like(list(_shapes(base))), base.tensors)
+    return "partial" if bare else "state_dict"
+
+
+def _check_choices(how: Source, found: Format, origin: str) -> None:
+    """Refuse a choice that the source does not have, which would be passed over in silence."""
+    if how.format is not None and found != how.format:
+        raise CheckpointError(f"{origin}: must be of format {how.format!r}, found {found!r}")
+    if how.weights == "ema" and found not in ("diffusers", "ema", "compvis"):
+        raise CheckpointError(f"{origin}: must have a moving average for weights='ema', found format {found!r}")
+    if how.scale != 1 and found not in ("lora", "peft"):
+        raise CheckpointError(f"{origin}: must be a LoRA for scale={how.scale:g}, found format {found!r}")
+    if how.variant is not None and found != "diffusers":
+        raise CheckpointError(f"{origin}: must be a diffusers folder for variant={how.variant!r}, found {found!r}")
+
+
+def _shapes(base: Base) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for tensor in base.tensors for name in tensor.names}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from guda_fast.deltas.delta import LowRank
+from guda_fast.deltas.delta import Part
 from guda_fast.errors import CheckpointError
 
 # Where training scripts put the model inside a checkpoint, in the order in which they are looked for.
@@ -37,18 +37,18 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """A low-rank difference that is read when asked for, and what is known of it before.
+    """A difference that an adapter makes, mostly of low rank, read when asked for; and what is known of it before.
 
     origin: the file (or the description of the object) it comes from
     key: what the file calls it
-    read: gives the factors on the CPU; they may share memory with an object that is not ours
+    read: gives the difference on the CPU; it may share memory with an object that is not ours
     shape: of the parameter that it belongs to
-    dtype: in which the file holds the factors
+    dtype: in which the file holds it
     """
 
     origin: str
     key: str
-    read: Callable[[], LowRank]
+    read: Callable[[], Part]
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
 
@@ -62,9 +62,10 @@ class Weights:
     config: the model configuration, or None
     config_origin: the file of the configuration
     files: all files that were read, none for an object in memory
-    factors: low-rank differences by the base's parameter names; no name is in ``entries`` too
+    factors: differences by the base's parameter names; no name is in ``entries`` too
     complete: whether what is in neither is missing; where not, it equals the base
     metadata: the text that a safetensors header holds beside the tensors
+    advice: what else the file may be, for the error that says that keys are missing
     """
 
     origin: str
@@ -75,6 +76,7 @@ class Weights:
     factors: Mapping[str, Factors] = field(default_factory=dict)
     complete: bool = True
     metadata: Mapping[str, str] = field(default_factory=dict)
+    advice: str = ""
 
     def named_like(self, expected: Collection[str]) -> Weights:
         """The same tensors without the wrapper prefixes (``module.``, ``unet.``, ...) that ``expected`` lacks."""

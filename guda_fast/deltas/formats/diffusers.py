@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ from guda_fast.deltas.weights import Entry, Weights
 from guda_fast.errors import CheckpointError
 
 _COMPONENTS = ("", "unet", "transformer")
+_AVERAGES = ("unet_ema", "transformer_ema")
+_SHADOW_FILE = "ema_model.pt"
+# What EMAModel.save_pretrained writes into the model's configuration.
+_EMA_SETTINGS = {
+    "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"
+}  # fmt: skip
 _STEM = "diffusion_pytorch_model"
 _SINGLE = re.compile(rf"{_STEM}(?:\.(?P<variant>[\w-]+))?\.(?P<format>safetensors|bin)")
 _INDEX = re.compile(rf"{_STEM}\.(?P<format>safetensors|bin)\.index(?:\.(?P<variant>[\w-]+))?\.json")
@@ -24,11 +31,11 @@ _MAX_SHOWN = 5
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder that holds the model: ``folder`` itself, or its ``unet/`` or ``transformer/``.
+    """The folder that holds the model: ``folder`` itself, its ``unet/`` or ``transformer/``, or else ``unet_ema/``.
 
     Raises: CheckpointError when there is no model, or more than one
     """
-    found = [folder / part for part in _COMPONENTS if (folder / part / "config.json").is_file()]
+    found = _models(folder, _COMPONENTS) or _models(folder, _AVERAGES)
     if len(found) > 1:
         raise CheckpointError(f"{folder}: holds several models, pass one of {', '.join(map(str, found))}")
     if not found:
@@ -38,14 +45,42 @@ def model_folder(folder: Path) -> Path:
     return found[0]
 
 
-def open_folder(folder: Path) -> Weights:
-    """Open the model in a diffusers folder; values are read when asked for."""
+def open_folder(folder: Path, *, variant: str | None = None, average: bool = False) -> Weights:
+    """Open the model in a diffusers folder; values are read when asked for.
+
+    variant: which of several files to take; None for the plain one
+    average: take the moving average, from ``unet_ema/`` or from ``ema_model.pt`` (then as shadow parameters)
+    Raises: CheckpointError where what is asked for is not there, or cannot be read
+    """
+    if average:
+        folder = _average(folder)
+        shadows = folder / _SHADOW_FILE
+        if shadows.is_file():
+            return _configured(open_file(shadows), folder / "config.json")
     folder = model_folder(folder)
-    config_path = folder / "config.json"
-    weights = _weights_file(folder)
+    weights = _weights_file(folder, variant)
     opened = _open_shards(weights) if weights.suffix == ".json" else open_file(weights)
-    files = (*opened.files, config_path)
-    return Weights(opened.origin, opened.entries, read_json(config_path), str(config_path), files)
+    return _configured(opened, folder / "config.json")
+
+
+def _models(folder: Path, parts: Iterable[str]) -> list[Path]:
+    return [folder / part for part in parts if (folder / part / "config.json").is_file()]
+
+
+def _average(folder: Path) -> Path:
+    """The folder that holds the moving average: a model of its own, or one with ``ema_model.pt`` beside its weights."""
+    found = _models(folder, _AVERAGES)
+    found += [path for path in _models(folder, _COMPONENTS) if (path / _SHADOW_FILE).is_file()]
+    if folder.name in _AVERAGES and not found:
+        return folder
+    if len(found) != 1:
+        listed = ", ".join(map(str, found)) or f"no {_SHADOW_FILE} beside the weights, and no unet_ema/"
+        raise CheckpointError(f"{folder}: must hold one moving average, found {listed}")
+    return found[0]
+
+
+def _configured(weights: Weights, config: Path) -> Weights:
+    return replace(weights, config=read_json(config), config_origin=str(config), files=(*weights.files, config))
 
 
 def find_scheduler(folder: Path) -> dict[str, Any] | None:
@@ -75,17 +110,24 @@ def build_model(config: Mapping[str, Any], origin: str) -> torch.nn.Module:
     from_config: Any = model_class.from_config
     try:
         with torch.random.fork_rng(devices=[]):
-            model: torch.nn.Module = from_config(dict(config))
+            model: torch.nn.Module = from_config(_own_settings(model_class, config))
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{origin}: {name} cannot be built from this configuration: {error}") from error
     return model
+
+
+def _own_settings(model_class: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without what EMAModel added to it."""
+    foreign = _EMA_SETTINGS - inspect.signature(model_class).parameters.keys()
+    return {key: value for key, value in config.items() if key not in foreign}
 
 
 def complete_config(model_class: type, config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration in JSON's types with the class's defaults filled in, and without private keys."""
     parameters = inspect.signature(model_class).parameters.values()
     complete = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    complete.update((key, value) for key, value in config.items() if not key.startswith("_"))
+    own = _own_settings(model_class, config)
+    complete.update((key, value) for key, value in own.items() if not key.startswith("_"))
     complete["_class_name"] = config.get("_class_name", model_class.__name__)
     plain: dict[str, Any] = json.loads(json.dumps(complete, default=str))
     return plain
@@ -122,7 +164,7 @@ def _item(config: Mapping[str, Any], key: str) -> str:
     return repr(config[key]) if key in config else "nothing"
 
 
-def _weights_file(folder: Path) -> Path:
+def _weights_file(folder: Path, variant: str | None) -> Path:
     """The weights of the folder: the plain ones before variants, safetensors before pickles."""
     found: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(folder.iterdir()):
@@ -131,9 +173,14 @@ def _weights_file(folder: Path) -> Path:
             found.setdefault(match["variant"] or "", {}).setdefault(match["format"], []).append(path)
     if not found:
         raise CheckpointError(f"{folder}: no weights: no {_STEM}.safetensors or .bin, whole or sharded")
-    if "" not in found and len(found) > 1:
-        raise CheckpointError(f"{folder}: several variants ({', '.join(sorted(found))}), pass the file of one of them")
-    formats = found.get("", next(iter(found.values())))
+    listed = ", ".join(sorted(filter(None, found))) or "none"
+    if variant is not None and (not variant or variant not in found):
+        raise CheckpointError(f"{folder}: must have the variant {variant!r}, found {listed}")
+    if variant is None and "" not in found and len(found) > 1:
+        raise CheckpointError(
+            f"{folder}: several variants ({listed}), pass the file of one of them, or Source(..., variant=)"
+        )
+    formats = found[variant] if variant is not None else found.get("", next(iter(found.values())))
     paths = formats.get("safetensors") or formats["bin"]
     if len(paths) > 1:
         raise CheckpointError(f"{folder}: both whole and sharded weights ({', '.join(p.name for p in paths)})")

@@ -6,10 +6,12 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 from guda_fast.deltas.weights import CONTAINERS, Entry, Weights, entry_of
 from guda_fast.errors import CheckpointError
 
+SHADOWS = "shadow_params."
+"""How the tensors of an ``EMAModel`` are called here; the file has a list of them."""
+_TEXT_ENCODERS = ("text_encoder", "text_model.", "lora_te", "cond_stage_model.", "conditioner.", "modifier_token")
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
 _LFS_POINTER = b"version https://git-lfs"
@@ -45,8 +50,8 @@ def open_file(path: Path) -> Weights:
     try:
         with path.open("rb") as file:
             start = file.read(len(_LFS_POINTER))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # a ValueError for a name with a null character
+        raise CheckpointError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not start:
         raise CheckpointError(f"{path}: the file is empty")
     if start == _LFS_POINTER:
@@ -59,11 +64,19 @@ def open_file(path: Path) -> Weights:
 
 
 def from_mapping(loaded: object, origin: str) -> Weights:
-    """The state dict in ``loaded``: under one of the usual keys, or the mapping itself."""
-    if isinstance(loaded, Mapping):
-        state = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), Mapping)), loaded)
+    """The state dict in ``loaded``: under one of the usual keys, or the mapping itself.
+
+    The list of an ``EMAModel`` becomes ``shadow_params.0`` and so on.
+    """
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{origin}: must hold a state dict, found {type(loaded).__name__}{_inside(loaded)}")
+    shadows = loaded.get(SHADOWS[:-1])
+    if isinstance(shadows, list | tuple):
+        state: Mapping[Any, Any] = {f"{SHADOWS}{position}": value for position, value in enumerate(shadows)}
     else:
-        raise CheckpointError(f"{origin}: must hold a state dict, found {type(loaded).__name__}")
+        state = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), Mapping)), loaded)
+    if state is not loaded:
+        _refuse_text_encoders([key for key, value in loaded.items() if isinstance(value, Mapping) and value], origin)
     for key in state:
         if not isinstance(key, str):
             raise CheckpointError(f"{origin}: keys must be strings, found {key!r}")
@@ -73,6 +86,29 @@ def from_mapping(loaded: object, origin: str) -> Weights:
             f"{origin}: must hold tensors by name, at the top or under one of {', '.join(CONTAINERS)}; found {found}"
         )
     return Weights(origin, {key: entry_of(value, origin) for key, value in state.items()})
+
+
+def refuse_text_encoders(weights: Weights, known: Collection[str]) -> None:
+    """Raise CheckpointError where a key is a text encoder's, unless it is one of the base's (``known``)."""
+    _refuse_text_encoders([name for name in weights.entries if name not in known], weights.origin)
+
+
+def _refuse_text_encoders(keys: Iterable[object], origin: str) -> None:
+    for key in keys:
+        if isinstance(key, str) and key.startswith(_TEXT_ENCODERS):
+            raise CheckpointError(
+                f"{origin}: key {key!r} belongs to a text encoder, which the base does not hold; its changes would "
+                "have to reach the prompt embeddings of this group, so pass the denoiser's tensors alone only if it "
+                "stays as it was"
+            )
+
+
+def _inside(loaded: object) -> str:
+    """Where in a list the state dict is, for a message."""
+    if not isinstance(loaded, list | tuple):
+        return ""
+    at = [str(position) for position, value in enumerate(loaded) if isinstance(value, Mapping)]
+    return f" with mappings at {', '.join(at)}: pass the mapping, or a callable that gives it" if at else ""
 
 
 class _OpenFile:
@@ -124,9 +160,29 @@ def _open_safetensors(path: Path) -> Weights:
 
 
 def _open_pickle(path: Path, *, zipped: bool) -> Weights:
+    if zipped:
+        _check_archive(path)
     # Given a path that ends so, torch expects safetensors; a file object it takes as it is, but cannot map.
     mapped = zipped and path.suffix != ".safetensors"
     return replace(from_mapping(_load_pickle(path, mapped=mapped), str(path)), files=(path,))
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse what torch.save never writes and torch.load would unpack: a few bytes may hold many gigabytes."""
+    try:
+        with ZipFile(path) as archive:
+            members = archive.infolist()
+    # A damaged directory can raise anything that its fields lead to, and every case means the same to the user.
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: damaged or truncated torch checkpoint ({type(error).__name__}: {error})"
+        ) from error
+    for member in members:
+        if member.compress_type != ZIP_STORED:
+            raise CheckpointError(
+                f"{path}: {member.filename!r} must be stored as torch.save does, found it compressed to "
+                f"{member.compress_size} of {member.file_size} bytes"
+            )
 
 
 def _load_pickle(path: Path, *, mapped: bool) -> object:
