@@ -99,6 +99,30 @@ def test_inspect_names_ranks_and_attention(files, run) -> None:
     assert code == 0 and "changes    1 parameter: low-rank, 1 of rank 1, attention only" in printed
 
 
+def test_the_commands_of_the_page(files, run, tmp_path) -> None:
+    """docs/packs.md, as it is written."""
+    (tmp_path / "runs").mkdir()
+    places = {
+        "full": "base",
+        "unlearn_cat": "unlearned/cat",
+        "unlearn_dog": "unlearned/dog",
+        "unlearn_cow": "later/cow",
+    }
+    for name, place in places.items():
+        (tmp_path / "runs" / name).symlink_to(files / place, target_is_directory=True)
+    (tmp_path / "generated").symlink_to(files / "queries", target_is_directory=True)
+    page = (Path(__file__).parent.parent / "docs" / "packs.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    guda-fast (.*)$", page, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        code, printed = run(*command.split())
+        assert code == 0, printed
+    assert gf.Attribution.from_parquet("scores").groups == ("cat", "dog", "cow")
+    (program,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(program, names := {})  # noqa: S102 (our own page)
+    assert names["bank"].groups == ("cat", "dog")
+
+
 def test_damage_is_found_by_check(files, run) -> None:
     run("pack", "build", files / "base", f"cat={files / 'unlearned' / 'cat'}")
     content = bytearray(Path("bank.safetensors").read_bytes())

@@ -138,7 +138,7 @@ def test_steps_were_interrupted(base: Net, path: Path, monkeypatch: pytest.Monke
             os, name, lambda *a, name=name, function=function, **k: (calls.append(name), function(*a, **k))
         )
     append_pack(path, some(2), base=base)
-    assert calls.count("link") == 1 and calls.count("replace") == 2
+    assert calls.count("link") == 1 and calls.count("replace") == 3
     assert 6 <= len(calls) < 12
 
 
@@ -166,6 +166,26 @@ def test_a_file_system_without_links(base: Net, path: Path, monkeypatch: pytest.
     pack = append_pack(path, some(2), base=base)
     for group in pack.groups:
         pack.verify(group)
+
+
+def test_what_an_interrupted_append_left_is_replaced(base: Net, path: Path, tmp_path: Path) -> None:
+    """Also where it is no longer what it was: the only good copy must not be lost."""
+    content = path.read_bytes()
+    left = path.with_name(f"bank.{Pack.open(path).hash}.safetensors")
+    left.write_bytes(content[:-1])
+    pack = append_pack(path, some(2), base=base)
+    assert left in pack.files and left.read_bytes() == content
+    assert {*tmp_path.iterdir()} == {path, *pack.files}
+
+
+def test_groups_are_added_as_the_last_were(base: Net, path: Path, tmp_path: Path) -> None:
+    build_pack(base, some(0), tmp_path / "half", dtype="float16", rank="auto", tolerance=1e-3)
+    pack = append_pack(tmp_path / "half", some(1), base=base)
+    assert pack.settings == (("float16", "auto", 1e-3),) * 2
+    again = append_pack(tmp_path / "half", some(2), base=base, dtype="float32", rank="off")
+    assert again.settings[-1] == ("float32", "off", 1e-3)
+    with pytest.raises(ValueError, match="append_pack: rank must be one of 'off', 'auto', got ''"):
+        append_pack(tmp_path / "half", some(3), base=base, rank="")
 
 
 def test_a_file_of_the_pack_that_is_missing_cut_or_another(base: Net, path: Path) -> None:

@@ -114,6 +114,19 @@ def test_other_files_are_no_packs(tmp_path: Path) -> None:
         Pack.open(tmp_path)
 
 
+def test_a_pipe_is_no_pack(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match=f"^{tmp_path / 'pipe'}: must be a file, found something else"):
+        Pack.open(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "\ud800"])
+def test_names_that_no_file_can_have(index: Path, name: str) -> None:
+    edit(index, set_at("files", 0, "file", to=name))
+    with pytest.raises(CheckpointError, match="cannot be opened"):
+        Pack.open(index)
+
+
 def set_at(*keys: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
     def change(pack: Any) -> None:
         for key in keys[:-1]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from guda_fast.cli.named import all_sources
+from guda_fast.deltas.low_rank import TOLERANCE
 
 if TYPE_CHECKING:
     from guda_fast.deltas import Pack, PackedGroup
@@ -27,8 +28,11 @@ _Rank = Annotated[str, typer.Option(help="off, or auto: store dense differences 
 _Tolerance = Annotated[
     float, typer.Option(help="For --rank auto: what of a parameter's difference the factors may miss, relative.")
 ]
+_LIKE = typer.Option(help="As for build; by default what the pack's last file has.")
+_LikeDtype = Annotated[str | None, _LIKE]
+_LikeRank = Annotated[str | None, _LIKE]
+_LikeTolerance = Annotated[float | None, _LIKE]
 _Identical = Annotated[bool, typer.Option("--allow-identical", help="Accept models that equal the base.")]
-_TOLERANCE = 1e-4
 
 
 @pack_app.command()
@@ -39,7 +43,7 @@ def build(
     groups: _Groups = None,
     dtype: _Dtype = "float32",
     rank: _Rank = "off",
-    tolerance: _Tolerance = _TOLERANCE,
+    tolerance: _Tolerance = TOLERANCE,
     allow_identical: _Identical = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is at --out already.")] = False,
 ) -> None:
@@ -68,9 +72,9 @@ def append(
     models: _Named = None,
     base: Annotated[Path | None, typer.Option(help="The base, where it is no longer where the pack found it.")] = None,
     groups: _Groups = None,
-    dtype: _Dtype = "float32",
-    rank: _Rank = "off",
-    tolerance: _Tolerance = _TOLERANCE,
+    dtype: _LikeDtype = None,
+    rank: _LikeRank = None,
+    tolerance: _LikeTolerance = None,
     allow_identical: _Identical = False,
 ) -> None:
     """Add unlearned models to a pack, without writing again what is in it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import weakref
 import zlib
 from collections import Counter
@@ -55,14 +56,18 @@ class PackFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path}: must be a file, found something else")
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be opened: {error.strerror or error}") from error
+            # A named pipe would otherwise wait for a writer.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except (OSError, ValueError) as error:
+            # ValueError: no file can have this name.
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise CheckpointError(f"{path}: cannot be opened: {reason}") from error
         weakref.finalize(self, os.close, self._descriptor)
-        self.size = os.fstat(self._descriptor).st_size
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path}: must be a file, found something else")
+        self.size = status.st_size
         header = json.loads(self._header())
         metadata = header.pop("__metadata__")
         self.hash, self.content = self._content(metadata)

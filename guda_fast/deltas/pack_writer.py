@@ -7,11 +7,12 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -100,9 +101,9 @@ def append_pack(
     counterfactuals: Mapping[str, SourceLike],
     *,
     base: str | os.PathLike[str] | torch.nn.Module | None = None,
-    dtype: str = "float32",
-    rank: str = "off",
-    tolerance: float = TOLERANCE,
+    dtype: str | None = None,
+    rank: str | None = None,
+    tolerance: float | None = None,
     allow_identical: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Pack:
@@ -114,7 +115,8 @@ def append_pack(
     path: the pack
     counterfactuals: of the new groups, as for ``DeltaBank.load``
     base: as for ``DeltaBank.load``; None takes the folder that the pack was built from
-    dtype, rank, tolerance, allow_identical, progress: as for ``build_pack``
+    dtype, rank, tolerance: as for ``build_pack``; None takes what the pack's last file was written with
+    allow_identical, progress: as for ``build_pack``
 
     Returns: the pack, opened again, with the new groups last
     Raises: as ``build_pack``; CheckpointError also when the pack cannot be read, belongs to another base, has a group
@@ -123,8 +125,9 @@ def append_pack(
     >>> append_pack("bank.safetensors", {"dog": "runs/unlearn_dog"}).groups  # doctest: +SKIP
     ('cat', 'dog')
     """
-    how = _Settings.checked("append_pack", dtype, rank, tolerance)
     pack = Pack.open(path)
+    given = zip((dtype, rank, tolerance), pack.settings[-1], strict=True)
+    how = _Settings.checked("append_pack", *(last if value is None else value for value, last in given))
     if twice := [group for group in counterfactuals if group in pack.groups]:
         raise CheckpointError(f"{pack.path}: must not hold group {twice[0]!r} already")
     if base is None and not pack.base_origin:
@@ -144,7 +147,7 @@ class _Settings:
     tolerance: float
 
     @classmethod
-    def checked(cls, where: str, dtype: str, rank: str, tolerance: float) -> _Settings:
+    def checked(cls, where: str, dtype: Any, rank: Any, tolerance: Any) -> _Settings:
         check_choice(where, "dtype", dtype, DTYPES)
         check_choice(where, "rank", rank, RANKS)
         check_real(where, "tolerance", tolerance, 0.0, math.nextafter(1.0, 0.0))
@@ -275,7 +278,7 @@ class _Error:
     def rounding(self) -> Rounding:
         if self._rest == 0:
             return Rounding(1.0, 0.0)
-        if not math.isfinite(self._rest) or self._is == 0:
+        if not math.isfinite(self._rest) or 0 in (self._was, self._is):
             return Rounding(0.0, 1.0)
         cosine = self._product / math.sqrt(self._was * self._is)
         return Rounding(max(-1.0, min(1.0, cosine)), math.sqrt(self._rest / self._was))
@@ -315,16 +318,22 @@ def _add_to_index(pack: Pack, added: IndexEntry) -> None:
 
 
 def _also_named(path: Path, name: Path) -> None:
-    """Give a file a second name; one that has it already is of an append that was interrupted, and the same."""
-    with suppress(FileExistsError):
-        try:
-            os.link(path, name)
-        except OSError as error:
-            if isinstance(error, FileExistsError):
-                raise
-            # A file system without links.
-            with path.open("rb") as source, atomic_write(name, "wb") as target:
-                shutil.copyfileobj(source, target)
+    """Give a file a second name, in place of what an append that was interrupted may have left there."""
+    if name.exists() and name.samefile(path):
+        return
+    temporary = name.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        os.link(path, temporary)
+    except OSError:
+        # A file system without links; where nothing can be written, this says so.
+        with path.open("rb") as source, atomic_write(name, "wb") as target:
+            shutil.copyfileobj(source, target)
+        return
+    try:
+        os.replace(temporary, name)
+    except BaseException:
+        temporary.unlink()
+        raise
 
 
 @contextmanager
