@@ -219,6 +219,7 @@ class PackGroup:
         """
         for name, part in self._pack.parts(self._group, only):
             yield name, self._resident.laid_out(name, part)
+            del part  # the next one is read into its memory
 
     def delta(self, support: Callable[[], Collection[str]]) -> Delta:
         """The delta, each part of which is read whenever it is asked for."""

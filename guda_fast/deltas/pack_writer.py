@@ -194,6 +194,7 @@ class _Shard:
                 forms[key] = form
                 checksums.extend(self._keep(key, form, written))
                 yield key, read
+                del part, written, read  # the next one is formed in their memory
 
         found = survey(source.origin, stored(), bank.theta_0)
         if not forms and error.is_something:
