@@ -79,6 +79,7 @@ def benchmarks() -> dict[str, Benchmark]:
         ladder_large,
         noise_ops,
         noise_ops_threads,
+        pack,
         plans,
     )
 
@@ -89,6 +90,7 @@ def benchmarks() -> dict[str, Benchmark]:
         attention,
         delta_ops,
         plans,
+        pack,
         ladder,
         ladder_large,
         frontends,

@@ -12,7 +12,7 @@ from guda_fast.attribution import attribute
 from guda_fast.build_config import build_config
 from guda_fast.datasets.latents import Latents
 from guda_fast.datasets.prompts import TextEncoder
-from guda_fast.deltas import DeltaBank, Source
+from guda_fast.deltas import DeltaBank, Pack, Source, append_pack, build_pack
 from guda_fast.diffusion import FlowSchedule, Protocol, Schedule
 from guda_fast.errors import (
     BackendUnavailableError,
@@ -38,6 +38,7 @@ __all__ = [
     "FlowSchedule",
     "Full",
     "Latents",
+    "Pack",
     "PrecisionError",
     "Protocol",
     "Schedule",
@@ -45,8 +46,10 @@ __all__ = [
     "TextEncoder",
     "__version__",
     "add_noise",
+    "append_pack",
     "attribute",
     "build_config",
+    "build_pack",
     "denoising_error",
     "explain",
     "precision_audit",

@@ -10,6 +10,7 @@ import typer
 from guda_fast._version import __version__
 from guda_fast.cli.demo import demo
 from guda_fast.cli.doctor import doctor
+from guda_fast.cli.pack import pack_app
 from guda_fast.cli.score import score
 from guda_fast.errors import BackendUnavailableError
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(score)
+app.add_typer(pack_app, name="pack")
 app.command()(doctor)
 
 

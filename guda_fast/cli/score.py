@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from guda_fast.cli.named import all_sources
 from guda_fast.results import RECORD, Attribution
 
 _Queries = Annotated[Path, typer.Argument(help="A folder of images, read recursively.")]
@@ -23,6 +24,7 @@ _Group = Annotated[
 _Groups = Annotated[
     Path | None, typer.Option(help="A folder with one unlearned model a sub-folder or weights file, named by it.")
 ]
+_Pack = Annotated[Path | None, typer.Option(help="A delta pack with all groups, in place of --group and --groups.")]
 _Scheduler = Annotated[Path | None, typer.Option(help="scheduler_config.json, if it is not beside the base.")]
 _Out = Annotated[Path, typer.Option(help="Gets scores.parquet, scores.csv and run.json.")]
 
@@ -33,6 +35,7 @@ def score(
     base: _Base,
     group: _Group = None,
     groups: _Groups = None,
+    pack: _Pack = None,
     scheduler: _Scheduler = None,
     out: _Out = Path("scores"),
     start: Annotated[int, typer.Option(help="First timestep.")] = 10,
@@ -67,7 +70,7 @@ def score(
     _check_out(out)
     if (out / RECORD).exists() and not (force or dry_run):
         raise FileExistsError(f"--out: {out} must not hold a result already, found {out / RECORD}; pass --force")
-    bank = DeltaBank.load(base, _sources(group, groups), scheduler=scheduler)
+    bank = DeltaBank.load(base, _counterfactuals(group, groups, pack), scheduler=scheduler)
     if bank.scheduler is None:
         raise ValueError(f"--scheduler: must be given, found no scheduler_config.json in or beside {base}")
     protocol = Protocol.from_scheduler(
@@ -95,7 +98,6 @@ def score(
     typer.echo(f"{len(result)} queries x {len(bank.groups)} groups in {time.perf_counter() - begin:.1f} s -> {out}")
 
 
-_WEIGHTS = (".safetensors", ".pt", ".bin", ".ckpt")
 _NOT_REPLAYED = ("out", "dry_run", "force", "config", "top")
 
 
@@ -106,29 +108,13 @@ def _check_out(out: Path) -> None:
         raise NotADirectoryError(f"--out: must be a folder that can be written, found {existing}")
 
 
-def _sources(group: list[str] | None, groups: Path | None) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for entry in group or []:
-        name, separator, path = entry.partition("=")
-        if not (name and separator and path):
-            raise ValueError(f"--group: must be NAME=PATH, got {entry!r}")
-        if name in found:
-            raise ValueError(f"--group: names must differ, got {name!r} twice")
-        found[name] = Path(path)
-    if groups is not None:
-        if not groups.is_dir():
-            raise FileNotFoundError(f"--groups: must be a folder, found no folder {groups}")
-        for source in sorted(groups.iterdir()):
-            if source.name.startswith(".") or not (source.is_dir() or source.suffix in _WEIGHTS):
-                continue
-            name = source.name if source.is_dir() else source.stem
-            if name in found:
-                raise ValueError(f"--groups: names must differ, also from those of --group, got {name!r} twice")
-            found[name] = source
-    if not found:
-        where = f"; {groups} has no sub-folder" if groups is not None else ""
-        raise ValueError(f"--group or --groups: must name at least one unlearned model, got none{where}")
-    return found
+def _counterfactuals(group: list[str] | None, groups: Path | None, pack: Path | None) -> dict[str, Path] | Path:
+    """The unlearned models by name, or the pack that has them all."""
+    if pack is None:
+        return all_sources(group, groups, "--group")
+    if group or groups is not None:
+        raise ValueError("--pack: must be the only one of --pack, --group and --groups, got another too")
+    return pack
 
 
 def _write(result: Attribution, out: Path, config: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from guda_fast.deltas.base import Base, open_base
 from guda_fast.deltas.delta import HASH_BYTES, Delta, Part
 from guda_fast.deltas.diff import FLOATING
 from guda_fast.deltas.groups import Group, HeldGroup, open_group
+from guda_fast.deltas.pack import Pack, PackGroup, pack_path
 from guda_fast.deltas.resident import ResidentModel
 from guda_fast.deltas.sources import SourceLike, check_source
 from guda_fast.deltas.staging import Staging, stages
@@ -45,17 +46,17 @@ class DeltaBank:
         self._resident = resident
         self._staging = Staging(resident)
         self._allow_identical = allow_identical
-        self._sources: dict[str, Group] = {}
+        self._sources: dict[str, Group | PackGroup] = {}
         self._surveys: dict[str, Survey] = {}
         self._applied: str | None = None
         self._changed: set[str] = set()
-        self._base_hash: str | None = None
+        self._weights_hash: str | None = None
 
     @classmethod
     def load(
         cls,
         base: str | os.PathLike[str] | torch.nn.Module,
-        counterfactuals: Mapping[str, SourceLike],
+        counterfactuals: Mapping[str, SourceLike] | str | os.PathLike[str] | Pack,
         *,
         scheduler: object = None,
         allow_identical: bool = False,
@@ -71,7 +72,8 @@ class DeltaBank:
         base: a diffusers folder (flat, or with ``unet/`` or ``transformer/`` inside), or a module
         counterfactuals: for each group name, in the order of the result's columns, a diffusers folder, a
             state dict file (safetensors or torch), an adapter, a state dict, a module, a Delta, a callable that gives
-            one of these, or a Source, which says how to read it [K >= 1 entries]
+            one of these, a pack of one group, or a Source, which says how to read it [K >= 1 entries]; or a delta
+            pack or its path, for all groups of it
         scheduler: the noise scheduler's configuration, a diffusers scheduler, or a path; None takes
             ``scheduler_config.json`` from the base's folder, ``scheduler/`` in it, or beside it, if there is one
         allow_identical: accept a counterfactual that equals the base
@@ -85,18 +87,24 @@ class DeltaBank:
         >>> bank.groups  # doctest: +SKIP
         ('cat',)
         """
-        _check_counterfactuals(counterfactuals)
+        if isinstance(counterfactuals, str | os.PathLike):
+            counterfactuals = Pack.open(counterfactuals)
+        if not isinstance(counterfactuals, Pack):
+            _check_counterfactuals(counterfactuals)
         # Tensors made under inference mode could never be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             opened = open_base(base, scheduler)
             bank = cls(opened, ResidentModel(opened.model, opened.origin), allow_identical=allow_identical)
-            for group, source in counterfactuals.items():
-                opened_source = bank._sources[group] = open_group(
-                    source, f"counterfactuals[{group!r}]", opened, bank._resident
-                )
-                if isinstance(opened_source, HeldGroup):
-                    bank._check_different(group, opened_source.names)
+            if isinstance(counterfactuals, Pack):
+                bank._add_packed(counterfactuals, {group: group for group in counterfactuals.groups})
+            else:
+                bank._add(counterfactuals)
         return bank
+
+    @property
+    def origin(self) -> str:
+        """Where the base came from: a path, or a description of an object in memory."""
+        return self._base.origin
 
     @property
     def model(self) -> torch.nn.Module:
@@ -129,10 +137,15 @@ class DeltaBank:
     @property
     def base_hash(self) -> str:
         """A hash of theta_0 and the model's configuration; dtype and device of the resident model do not matter."""
-        if self._base_hash is None:
+        return _json_hash([self._base.config, self.weights_hash])
+
+    @property
+    def weights_hash(self) -> str:
+        """A hash of theta_0 alone, by which a pack knows its base; dtype and device do not matter."""
+        if self._weights_hash is None:
             # The tensors that no delta changes are read from the model, and hold theta_0 at all times.
-            self._base_hash = self._resident.hash(json.dumps(self._base.config, sort_keys=True))
-        return self._base_hash
+            self._weights_hash = self._resident.hash("")
+        return self._weights_hash
 
     @property
     def delta_hashes(self) -> dict[str, str]:
@@ -142,8 +155,7 @@ class DeltaBank:
     @property
     def hash(self) -> str:
         """A hash of the base, and of all groups' names and deltas in their order."""
-        content = json.dumps([self.base_hash, list(self.delta_hashes.items())])
-        return hashlib.blake2b(content.encode(), digest_size=HASH_BYTES).hexdigest()
+        return _json_hash([self.base_hash, list(self.delta_hashes.items())])
 
     @overload
     def survey(self, group: int | str, *, progress: ProgressCallback | None = None) -> Survey: ...
@@ -173,7 +185,7 @@ class DeltaBank:
                 source = self._sources[name]
                 with torch.no_grad():
                     found = survey(source.origin, source.parts(), self._resident.theta_0)
-                self._check_different(name, found.support)
+                self.check_different(name, found.support)
                 self._surveys[name] = found
             if progress is not None:
                 progress(done, len(names))
@@ -287,10 +299,38 @@ class DeltaBank:
         changed = f", {self._applied!r} applied" if self._applied is not None else ""
         return f"DeltaBank({type(self.model).__name__} from {self._base.origin}, {len(self)} groups{changed})"
 
+    def _add(self, counterfactuals: Mapping[str, SourceLike]) -> None:
+        for group, source in counterfactuals.items():
+            name = f"counterfactuals[{group!r}]"
+            if (path := pack_path(source)) is not None:
+                self._add_packed(pack := Pack.open(path), {group: pack.only_group(name)})
+                continue
+            opened = self._sources[group] = open_group(source, name, self._base, self._resident)
+            if isinstance(opened, HeldGroup):
+                self.check_different(group, opened.names)
+
+    def _add_packed(self, pack: Pack, names: Mapping[str, str]) -> None:
+        """Add groups of a pack; names gives what the pack calls each."""
+        pack.check_base(self.weights_hash, self.origin)
+        pack.check_fits(self._resident.tensors)
+        for group, name in names.items():
+            opened = self._sources[group] = PackGroup(pack, name, self._resident)
+            self.check_different(group, opened.survey.support)
+            self._surveys[group] = opened.survey
+
     def _support(self, group: str) -> Collection[str]:
         return self.survey(group).support
 
-    def _check_different(self, group: str, changed: Collection[str]) -> None:
+    def source(self, group: int | str) -> Group | PackGroup:
+        """What gives the parts of a group, and says where it came from."""
+        return self._sources[self._name(group)]
+
+    def theta_0(self, name: str) -> torch.Tensor:
+        """The base's value on the CPU, in float32 or wider; it may share the model's memory."""
+        return self._resident.theta_0(name)
+
+    def check_different(self, group: str, changed: Collection[str]) -> None:
+        """Raise CheckpointError where a group changes nothing, unless that was allowed."""
         if not (changed or self._allow_identical):
             raise CheckpointError(
                 f"{self._sources[group].origin}: equals the base ({self._base.origin}) in every parameter, so that "
@@ -325,10 +365,15 @@ class DeltaBank:
         return self.groups[check_int("DeltaBank", "group", group, 0, len(self) - 1)]
 
 
+def _json_hash(content: object) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=HASH_BYTES).hexdigest()
+
+
 def _check_counterfactuals(counterfactuals: object) -> None:
     if not isinstance(counterfactuals, Mapping):
         raise TypeError(
-            f"DeltaBank.load: counterfactuals must be a mapping of group names, got {describe(counterfactuals)}"
+            "DeltaBank.load: counterfactuals must be a mapping of group names, or a delta pack, "
+            f"got {describe(counterfactuals)}"
         )
     if not counterfactuals:
         raise CheckpointError("DeltaBank.load: counterfactuals must name at least one group, got an empty mapping")

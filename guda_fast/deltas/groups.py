@@ -26,6 +26,7 @@ class HeldGroup:
     def __init__(self, delta: Delta, resident: ResidentModel) -> None:
         self._parts = dict(sorted(delta.parts.items()))
         self._resident = resident
+        self.files: tuple[Path, ...] = ()
         self.origin = delta.origin
         self.lay_out()
 
@@ -60,6 +61,7 @@ class FileGroup:
         weights = open_checked()
         self._open_checked = open_checked
         self._resident = resident
+        self.files = weights.files
         self._stamps = {path: _stamp(path) for path in weights.files}
         self.origin = weights.origin
 

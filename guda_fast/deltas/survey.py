@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ import torch
 from guda_fast.deltas.delta import LowRank, Part, TensorHash, part_bytes
 
 _CHUNK = 1 << 16
+# What transformer blocks call attn, attn1 or attn2, and the layers of UNets' attention blocks; no feed-forward layers.
+_ATTENTION = re.compile(r"(^|\.)(attn\d*\.|attentions\.\d+\.(to_[qkv]|to_out|group_norm|query|key|value|proj_attn)\b)")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,10 @@ class Survey:
         nothing changed, 0 where nothing is left or a value overflows [-1..1]
 
     Low-rank parts count as their product in the last three.
+
+    >>> found = Survey("x", {"mid_block.attentions.0.to_q.weight": "dense"}, "", 4, 1, 0.01, {})
+    >>> found.kind, found.attention_only
+    ('dense', True)
     """
 
     origin: str
@@ -37,6 +44,17 @@ class Survey:
     values: int
     relative_rms: float
     cosine: Mapping[str, float]
+
+    @property
+    def kind(self) -> str:
+        """The kind of all parts, "dense" or "low-rank"; "mixed" where there are both, "none" where nothing changed."""
+        kinds = set(self.support.values())
+        return "mixed" if len(kinds) > 1 else next(iter(kinds), "none")
+
+    @property
+    def attention_only(self) -> bool:
+        """Whether something changed, and all of it is in attention layers, by the names that diffusers gives them."""
+        return bool(self.support) and all(map(_ATTENTION.search, self.support))
 
 
 def survey(origin: str, parts: Iterable[tuple[str, Part]], theta_0: Callable[[str], torch.Tensor]) -> Survey:

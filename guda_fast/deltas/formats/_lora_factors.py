@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from guda_fast.deltas.delta import Dense, LowRank, cast
-from guda_fast.deltas.diff import FLOATING, KeyProblem, check_finite, wide
+from guda_fast.deltas.diff import FLOATING, INTEGER, KeyProblem, check_finite, wide
 from guda_fast.deltas.formats._lora_modules import KOHYA_PREFIX, Modules, without_wrappers
 from guda_fast.deltas.formats._lora_settings import Settings
 from guda_fast.deltas.formats.state_dict import refuse_text_encoders
@@ -131,7 +131,9 @@ class _Factored:
     def put(self, role: str, key: str, entry: Entry) -> None:
         if role in self.given:
             raise _refused(entry, key, f"must be the only one for {self._module!r}, found {self.given[role][0]!r} too")
-        if entry.problem or entry.dtype not in FLOATING:
+        # diffusers writes alpha as an integer.
+        allowed = FLOATING + INTEGER if role == "alpha" else FLOATING
+        if entry.problem or entry.dtype not in allowed:
             raise _refused(entry, key, entry.problem or f"must hold floating values, found {entry.dtype}")
         self.given[role] = (key, entry)
 

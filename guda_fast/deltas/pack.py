@@ -1,0 +1,263 @@
+"""Delta packs: all groups of a bank in one file, or a few, of which a group can be read alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from guda_fast._validate import check_choice
+from guda_fast.deltas.delta import Delta, Part, TensorHash
+from guda_fast.deltas.diff import BaseTensor
+from guda_fast.deltas.pack_file import LENGTH, PackFile, Shard
+from guda_fast.deltas.pack_format import MAGIC, HeaderProblem, IndexEntry, Rounding, SourceFile, index_entries
+from guda_fast.deltas.resident import ResidentModel
+from guda_fast.deltas.sources import Source
+from guda_fast.deltas.survey import Survey
+from guda_fast.deltas.weights import existing_path
+from guda_fast.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class PackedGroup:
+    """What a pack's header says of one group.
+
+    name: of the group
+    origin: the path or description of the counterfactual that it was made from
+    sources: its files as they were then, none for an object in memory
+    survey: of the delta as it is stored
+    ranks: of the low-rank parts, by parameter
+    rounding: what storing changed; a cosine of 1 and an error of 0 where nothing
+    """
+
+    name: str
+    origin: str
+    sources: tuple[SourceFile, ...]
+    survey: Survey
+    ranks: Mapping[str, int]
+    rounding: Rounding
+
+
+class Pack:
+    """The groups of a delta pack; made by ``Pack.open``, ``build_pack`` and ``append_pack``.
+
+    Headers are read and checked when the pack is opened; a group's values when they are asked for, and no other's.
+    What is read is compared with its checksum.
+
+    >>> pack = Pack.open("bank.safetensors")  # doctest: +SKIP
+    >>> pack["cat"].survey.kind  # doctest: +SKIP
+    'dense'
+    """
+
+    def __init__(self, file: PackFile, shards: Sequence[Shard]) -> None:
+        self.path = file.path
+        self.hash = file.hash
+        self._shards = tuple(shards)
+        self._places: dict[str, tuple[Shard, int]] = {}
+        first = shards[0]
+        for shard in shards:
+            if shard.header.base_hash != first.header.base_hash:
+                raise CheckpointError(f"{shard.path}: key 'base.hash' must be that of {first.path}, found another")
+            for position, group in enumerate(shard.header.groups):
+                if group.name in self._places:
+                    other = self._places[group.name][0].path
+                    raise CheckpointError(f"{shard.path}: key 'groups' holds group {group.name!r}, as does {other}")
+                self._places[group.name] = shard, position
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Pack:
+        """Open a pack: read and check its headers, and no values.
+
+        path: what ``build_pack`` wrote
+        Returns: the pack, whose files stay open
+        Raises: CheckpointError when there is no such file, it is no pack, of another version, cut off or damaged, or a
+            file that it names is not there, naming the file and the key
+        """
+        # In full, so that a change of the working directory changes nothing; beside the file itself lie its others.
+        path = existing_path(path).resolve()
+        file = PackFile(path)
+        if "files" not in file.content:
+            return cls(file, [Shard(file)])
+        try:
+            entries = index_entries(file.content)
+            if not entries:
+                raise HeaderProblem("key 'files' must name a file, found none")
+        except HeaderProblem as problem:
+            raise CheckpointError(f"{path}: {problem}") from None
+        shards = []
+        for entry in entries:
+            other = PackFile(path.parent / entry.file)
+            if (other.size, other.hash) != (entry.bytes, entry.hash):
+                raise CheckpointError(
+                    f"{other.path}: must be the file that {path} names, found another, or a part of it"
+                )
+            shards.append(Shard(other))
+        return cls(file, shards)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The group names, in the order in which they were added."""
+        return tuple(self._places)
+
+    @property
+    def base_hash(self) -> str:
+        """``DeltaBank.weights_hash`` of the base that the pack belongs to."""
+        return self._shards[0].header.base_hash
+
+    @property
+    def base_origin(self) -> str:
+        """The folder of the base when the pack was built; empty where it was an object in memory."""
+        return self._shards[0].header.base_origin
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the groups."""
+        return tuple(shard.path for shard in self._shards)
+
+    @property
+    def entries(self) -> tuple[IndexEntry, ...]:
+        """What an index says of ``files``."""
+        return tuple(shard.entry for shard in self._shards)
+
+    @property
+    def settings(self) -> tuple[tuple[str, str, float], ...]:
+        """For each of ``files`` the dtype, rank and tolerance that its writer was asked for."""
+        headers = [shard.header for shard in self._shards]
+        return tuple((header.dtype, header.rank, header.tolerance) for header in headers)
+
+    def __getitem__(self, group: str) -> PackedGroup:
+        """What the header says of a group; ValueError where there is none of this name."""
+        shard, position = self._place(group)
+        header, summary = shard.header.groups[position], shard.summary(position)
+        survey = Survey(
+            f"{self.path}: group {group!r}",
+            summary.kinds,
+            header.hash,
+            summary.bytes,
+            summary.values,
+            header.relative_rms,
+            header.cosine,
+        )
+        return PackedGroup(group, header.origin, header.sources, survey, summary.ranks, header.rounding)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __repr__(self) -> str:
+        return f"Pack({str(self.path)!r}, {len(self)} groups)"
+
+    def parts(self, group: str, only: Collection[str] | None = None) -> Iterator[tuple[str, Part]]:
+        """The parts of a group in the order of their names, each read when its turn comes.
+
+        only: the names to read; None for all
+        Returns: of names and parts in float32 or float64
+        Raises: ValueError when there is no such group; CheckpointError where bytes are not those that were written
+        """
+        shard, position = self._place(group)
+        return shard.parts(position, only)
+
+    def delta(self, group: str) -> Delta:
+        """The delta of a group, each part of which is read whenever it is asked for."""
+        return Delta(_LazyParts(self[group].survey.support, lambda only: self.parts(group, only)), self[group].origin)
+
+    def verify(self, group: str) -> None:
+        """Read all of a group, and compare it with its hash; CheckpointError where it is another."""
+        digest = TensorHash()
+        for name, part in self.parts(group):
+            digest.add_part(name, part)
+        if digest.hex() != self[group].survey.hash:
+            raise CheckpointError(f"{self.path}: group {group!r}: key 'hash' must be that of the values, found another")
+
+    def check_base(self, base_hash: str, base_origin: str) -> None:
+        """Raise CheckpointError unless the pack belongs to the base that has this hash."""
+        if base_hash != self.base_hash:
+            raise CheckpointError(
+                f"{self.path}: key 'base.hash' must be that of the base, {base_hash} ({base_origin}), "
+                f"found {self.base_hash} ({self.base_origin or 'an object in memory'})"
+            )
+
+    def check_fits(self, tensors: Iterable[BaseTensor]) -> None:
+        """Raise CheckpointError where a part does not fit the base's tensors."""
+        named = {tensor.name: tensor for tensor in tensors}
+        for shard in self._shards:
+            shard.check_fits(named)
+
+    def only_group(self, name: str) -> str:
+        """The one group of the pack; CheckpointError where it has more, which calls the argument ``name``."""
+        if len(self) > 1:
+            raise CheckpointError(
+                f"{self.path}: must hold one group to be {name}, found {len(self)}; for all of them pass the pack "
+                "in place of the mapping"
+            )
+        return self.groups[0]
+
+    def _place(self, group: str) -> tuple[Shard, int]:
+        return self._places[check_choice("Pack", "group", group, self._places)]
+
+
+class PackGroup:
+    """A counterfactual in a pack: nothing of its values is kept.
+
+    pack: whose base was checked
+    resident: the model that it is written into
+    """
+
+    files: tuple[Path, ...] = ()
+
+    def __init__(self, pack: Pack, group: str, resident: ResidentModel) -> None:
+        self._pack = pack
+        self._group = group
+        self._resident = resident
+        self.survey = pack[group].survey
+        self.origin = self.survey.origin
+
+    def parts(self, only: Collection[str] | None = None) -> Iterator[tuple[str, Part]]:
+        """The parts in the order of their names, in the resident layout, each read when its turn comes.
+
+        only: the names to read; None for all
+        """
+        for name, part in self._pack.parts(self._group, only):
+            yield name, self._resident.laid_out(name, part)
+            del part  # the next one is read into its memory
+
+    def delta(self, support: Callable[[], Collection[str]]) -> Delta:
+        """The delta, each part of which is read whenever it is asked for."""
+        return Delta(_LazyParts(self.survey.support, self.parts), self.origin)
+
+    def lay_out(self) -> None:
+        """Nothing to do: parts are formed in the layout of the resident model."""
+
+
+class _LazyParts(Mapping[str, Part]):
+    """The parts of a group in a pack; none is kept."""
+
+    def __init__(self, support: Collection[str], read: Callable[[Collection[str]], Iterable[tuple[str, Part]]]) -> None:
+        self._support = support
+        self._read = read
+
+    def __getitem__(self, name: str) -> Part:
+        if name not in self._support:
+            raise KeyError(name)
+        return dict(self._read((name,)))[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._support)
+
+    def __len__(self) -> int:
+        return len(self._support)
+
+
+def pack_path(source: object) -> Path | None:
+    """The path of a pack that was given as the source of a group; None for any other source."""
+    what = source.what if isinstance(source, Source) and source.format is None else source
+    if not isinstance(what, str | os.PathLike):
+        return None
+    path = Path(what)
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file:
+            return path if file.read(LENGTH + len(MAGIC))[LENGTH:] == MAGIC else None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
