@@ -101,13 +101,13 @@ class Op(Generic[RequestT, ResultT]):
         """The backend that runs the request; raises BackendUnavailableError where a named one cannot."""
         choice = requested_backend(self.name, backend)
         reasons = []
-        for backend in self.table(request.device):
-            if choice.name not in ("auto", backend.name):
+        for candidate in self.table(request.device):
+            if choice.name not in ("auto", candidate.name):
                 continue
-            reason = backend.reason_against(request)
+            reason = candidate.reason_against(request)
             if reason is None:
-                return backend
-            reasons.append(f"{backend.name}: {reason}")
+                return candidate
+            reasons.append(f"{candidate.name}: {reason}")
         if choice.name == "auto":
             raise BackendUnavailableError(f"{self.name}: no backend can run this call: {'; '.join(reasons)}")
         reason = reasons[0] if reasons else self._absence(choice.name, request.device)

@@ -103,7 +103,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
             return result
         # A convolution's bias costs a pass of its own on a GPU, and nothing in the norm that follows, nor on a CPU.
         by_norm = input_tensor.is_cuda or isinstance(self.conv1, PerRow)
-        hidden = self._resampled(_norm(self.norm1, input_tensor))
+        hidden: Tensor = self._resampled(_norm(self.norm1, input_tensor))
         hidden = _without_bias(self.conv1, hidden) if by_norm else self.conv1(hidden)
         shortcut = self._resampled(input_tensor)
         hidden = _norm(self.norm2, hidden, *self._vectors(temb, len(hidden), by_norm))

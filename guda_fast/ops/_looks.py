@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,11 +13,10 @@ _MOST = 4096
 _PLAIN = (Tensor, torch.nn.Parameter)  # others may have no memory of their own
 
 
-def looks(value: object) -> Hashable:
+def looks(value: Any) -> Hashable:
     """Equal for tensors that validation and the choice of a backend cannot tell apart: all but memory and contents."""
-    if type(value) in _PLAIN and value.layout is torch.strided:  # type: ignore[attr-defined]
-        tensor: Tensor = value  # type: ignore[assignment]
-        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_neg()
+    if type(value) in _PLAIN and value.layout is torch.strided:
+        return value.shape, value.stride(), value.dtype, value.device, value.is_neg()
     # What is neither a tensor nor None is for validation to refuse, which leaves nothing to remember.
     return type(value)
 
