@@ -35,7 +35,7 @@ class Job:
     """What everyone scores. network: a key of ARCHITECTURES. models: K. last: the highest timestep, in steps of 10."""
 
     network: str = "rgb32"
-    models: int = 2
+    models: int = 1
     images: int = 16
     last: int = STEPS - 10
 

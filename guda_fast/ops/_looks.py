@@ -18,7 +18,7 @@ def looks(value: Any) -> Hashable:
     if type(value) in _PLAIN and value.layout is torch.strided:
         return value.shape, value.stride(), value.dtype, value.device, value.is_neg()
     # What is neither a tensor nor None is for validation to refuse, which leaves nothing to remember.
-    return type(value)
+    return (type(value),)
 
 
 class Remembered(Generic[T]):
