@@ -1,5 +1,4 @@
-"""Plain scripts that compute what the frontends must give, written from the description of the paper's code.
+"""Plain scripts of what the public scorers of the paper do, written for these tests and without guda_fast.
 
-They do not use guda_fast, and are as slow as such scripts are: the oracle of the frontends' tests, and the rival of
-their benchmark.
+They are as slow as such scripts are: the oracle of the frontends' tests, and the rival of their benchmark.
 """
