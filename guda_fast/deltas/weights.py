@@ -82,12 +82,8 @@ class Weights:
 
     def named_like(self, expected: Collection[str]) -> Weights:
         """The same tensors without the wrapper prefixes (``module.``, ``unet.``, ...) that ``expected`` lacks."""
-        entries = dict(self.entries)
-        for _ in range(_MOST_WRAPPERS):
-            prefix = next((p for p in _PREFIXES if _all_start(entries, p) and not _all_start(expected, p)), "")
-            if not prefix:
-                break
-            entries = {name.removeprefix(prefix): entry for name, entry in entries.items()}
+        start = len(wrapper(self.entries, expected, _PREFIXES))
+        entries = {name[start:]: entry for name, entry in self.entries.items()}
         return replace(self, entries=entries)
 
 
@@ -144,5 +140,12 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
         model = inner
 
 
-def _all_start(names: Collection[str], prefix: str) -> bool:
-    return bool(names) and all(name.startswith(prefix) for name in names)
+def wrapper(names: Collection[str], expected: Collection[str], prefixes: Collection[str]) -> str:
+    """What all names begin with beside ``expected``: some of the prefixes, one after the other."""
+    # What the first and the last in order begin with, all between them do.
+    ends, others = ((min(n, default=""), max(n, default="")) for n in (names, expected))
+    start = 0
+    for _ in range(_MOST_WRAPPERS):
+        own = (p for p in prefixes if not all(name.startswith(p) for name in others))
+        start += next((len(p) for p in own if all(name.startswith(p, start) for name in ends)), 0)
+    return ends[0][:start]

@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 
+from guda_fast.deltas.weights import wrapper
+
 KOHYA_PREFIX = "lora_unet_"
 # Each is removed where all names of a file start with it, and the base's do not.
 _WRAPPERS = ("base_model.model.", "_orig_mod.", "module.", "unet.", "transformer.")
@@ -62,14 +64,8 @@ class Modules:
 
 def without_wrappers(keys: Collection[str], names: Collection[str]) -> dict[str, str]:
     """Each key without the prefixes that say where the model was when its LoRA was saved."""
-    shorter = {key: key for key in keys}
-    while prefix := next((p for p in _WRAPPERS if _all_start(shorter.values(), p) and not _all_start(names, p)), ""):
-        shorter = {key: name.removeprefix(prefix) for key, name in shorter.items()}
-    return shorter
-
-
-def _all_start(names: Collection[str], prefix: str) -> bool:
-    return bool(names) and all(name.startswith(prefix) for name in names)
+    start = len(wrapper(keys, names, _WRAPPERS))
+    return {key: key[start:] for key in keys}
 
 
 def _original_names(modules: Collection[str]) -> Iterator[tuple[str, str]]:
