@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from conditional import IMAGE, classed, prompted, save_pipeline
+from guda_fast.cli import main
 from tiny import perturbed
 
 PAGE = Path(__file__).parent.parent / "docs" / "conditions.md"
@@ -44,3 +45,23 @@ def test_the_page(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [score.shape for score in scores] == [(2, 2), (2, 1), (2, 2)]
     assert all((score != 0).all() for score in scores)
     assert torch.equal(names["x0"], torch.zeros(2, 4, 8, 8))
+
+
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = prompted()
+    save_pipeline(tmp_path / "base", unet)
+    for number, name in enumerate(("cubism", "sketch"), 1):
+        perturbed(unet, 0.02, number).save_pretrained(tmp_path / name)  # type: ignore[operator]
+    (tmp_path / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (IMAGE, IMAGE, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "images" / "dog.png")
+    text = PAGE.read_text(encoding="utf-8")
+    line, command = re.search(r"`({.*?})`", text), re.search(r"^    guda-fast (score .*)$", text, re.MULTILINE)
+    assert line is not None and command is not None
+    (tmp_path / "prompts.jsonl").write_text(line[1], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["guda-fast", *command[1].split()])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    assert (tmp_path / "scores" / "scores.parquet").is_file()

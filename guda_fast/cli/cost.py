@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -13,9 +14,12 @@ from guda_fast.forward import Choice, Engine
 from guda_fast.prepare import Execution, Prepared, prepare
 
 
-def print_cost(queries: Path, bank: DeltaBank, protocol: Protocol, how: Execution) -> None:
-    """Check the inputs as a run would, measure a few forwards, and print forwards, FLOPs, memory, time and plan."""
-    prepared = prepare(queries, bank, protocol, how)
+def print_cost(queries: Path, bank: DeltaBank, protocol: Protocol, how: Execution, **given: Any) -> None:
+    """Check the inputs as a run would, measure a few forwards, and print forwards, FLOPs, memory, time and plan.
+
+    given: ``conditions`` and ``latents``, as for attribute()
+    """
+    prepared = prepare(queries, bank, protocol, how, **given)
     engine, query_set = prepared.engine, prepared.queries
     models, rows = len(bank) + 1, len(query_set.x0) * protocol.draws
     forwards = Full().forwards(len(query_set.x0), len(bank), protocol)

@@ -25,6 +25,13 @@ _Groups = Annotated[
     Path | None, typer.Option(help="A folder with one unlearned model a sub-folder or weights file, named by it.")
 ]
 _Pack = Annotated[Path | None, typer.Option(help="A delta pack with all groups, in place of --group and --groups.")]
+_Conditions = Annotated[
+    Path | None,
+    typer.Option(help='JSON lines with "file_name" and "prompt" or "label" of each image, for a conditional model.'),
+]
+_Pipeline = Annotated[
+    Path | None, typer.Option(help="A diffusers pipeline with the text encoder and the VAE; by default --base itself.")
+]
 _Scheduler = Annotated[Path | None, typer.Option(help="scheduler_config.json, if it is not beside the base.")]
 _Out = Annotated[Path, typer.Option(help="Gets scores.parquet, scores.csv and run.json.")]
 
@@ -36,6 +43,8 @@ def score(
     group: _Group = None,
     groups: _Groups = None,
     pack: _Pack = None,
+    conditions: _Conditions = None,
+    pipeline: _Pipeline = None,
     scheduler: _Scheduler = None,
     out: _Out = Path("scores"),
     start: Annotated[int, typer.Option(help="First timestep.")] = 10,
@@ -65,6 +74,7 @@ def score(
 ) -> None:
     """Score images by how much their ELBO drops under each unlearned model."""
     from guda_fast import DeltaBank, Protocol, attribute
+    from guda_fast.cli.conditioned import conditioned
     from guda_fast.prepare import Execution
 
     _check_out(out)
@@ -83,14 +93,15 @@ def score(
         antithetic=antithetic,
         seed=seed,
     )
+    given = conditioned(queries, conditions, pipeline or base)
     how: Any = {field.name: context.params[field.name] for field in fields(Execution)}
     if dry_run:
         from guda_fast.cli.cost import print_cost
 
-        print_cost(queries, bank, protocol, Execution(**how))
+        print_cost(queries, bank, protocol, Execution(**how), **given)
         return
     begin = time.perf_counter()
-    result = attribute(queries, bank, protocol, progress=True, **how)
+    result = attribute(queries, bank, protocol, progress=True, **given, **how)
     for choice in result.provenance["choices"]:
         typer.echo(f"plan: {choice}")
     _write(result, out, {key: value for key, value in context.params.items() if key not in _NOT_REPLAYED})

@@ -90,6 +90,11 @@ class TextEncoder:
             )
         self.family = _FAMILIES[kinds]
 
+    @property
+    def takes_size(self) -> bool:
+        """Whether prompts come with the size of the images."""
+        return self.family == "Stable Diffusion XL"
+
     def __call__(self, prompts: Sequence[str], *, size: int | tuple[int, int] | None = None) -> Conditions:
         """The conditions of queries with these prompts.
 
@@ -100,7 +105,7 @@ class TextEncoder:
             raise TypeError(f"TextEncoder: prompts must be a sequence of strings, got {describe(prompts)}")
         if not prompts:
             raise ValueError("TextEncoder: prompts must hold at least one, got none")
-        if (size is None) == (self.family == "Stable Diffusion XL"):
+        if (size is None) == self.takes_size:
             raise ValueError(
                 "TextEncoder: size must be given for Stable Diffusion XL and for it alone, got "
                 f"{size} for {self.family}"
@@ -172,7 +177,8 @@ def _load(folder: Path, device: torch.device | str | None) -> list[_Encoder]:
         tokens = path.parent / path.name.replace("text_encoder", "tokenizer")
         if not tokens.is_dir():
             raise FileNotFoundError(f"TextEncoder: {folder} must hold the tokenizer of {path.name}, found no {tokens}")
-        architectures: Any = read_config(path).get("architectures") or [None]
+        config = read_config(path)
+        architectures: Any = config.get("architectures") or [config.get("_class_name")]
         kind = architectures[0]
         if kind not in (_PLAIN, _PROJECTED, _T5):
             raise ValueError(

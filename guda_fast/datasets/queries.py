@@ -145,7 +145,11 @@ def _from_array(values: np.ndarray[Any, Any], channels: int) -> list[_Query]:
     return [_Query(str(index), value.copy(order="C")) for index, value in enumerate(values)]
 
 
-def _from_folder(folder: Path, channels: int) -> list[_Query]:
+def image_names(folder: Path) -> list[str]:
+    """The images in a folder and below it, in the order in which they are queries, as relative paths.
+
+    Raises FileNotFoundError where there is no such folder, ValueError for a name that cannot be printed.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"load_queries: queries must be a folder of images, found no folder {folder}")
     files = sorted(
@@ -156,7 +160,11 @@ def _from_folder(folder: Path, channels: int) -> list[_Query]:
     for name in files:
         if not name.isprintable() or not _is_utf8(name):
             raise ValueError(f"load_queries: file names must be printable UTF-8, found {name!r} in {folder}")
-    return [_Query(name, _decode(folder / name, channels)) for name in files]
+    return files
+
+
+def _from_folder(folder: Path, channels: int) -> list[_Query]:
+    return [_Query(name, _decode(folder / name, channels)) for name in image_names(folder)]
 
 
 def _hidden(path: Path) -> bool:
