@@ -310,6 +310,20 @@ def test_a_call_is_validated_whatever_went_well_before() -> None:
         torch.testing.assert_close(ops.group_norm_silu(negated, 4, weight), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_no_plain_tensor_is_looked_at_in_every_call() -> None:
+    class Own(Tensor):
+        pass
+
+    x = channels_last(torch.randn(2, 8, 4, 4))
+    for weight in (torch.ones(8), torch.randn(16)[::2]):
+        found = ops.group_norm_silu(x, 4, weight.as_subclass(Own))
+        expected = ops.group_norm_silu(x, 4, weight, backend="reference")
+        torch.testing.assert_close(found.as_subclass(Tensor), expected, rtol=1e-5, atol=1e-6)
+    for weight in (torch.ones(3), torch.ones(8, dtype=torch.float64)):
+        with pytest.raises((TypeError, ValueError), match="weight must"):
+            ops.group_norm_silu(x, 4, weight.as_subclass(Own))
+
+
 def test_too_many_looks_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_looks, "_MOST", 2)
     remembered = _looks.Remembered[int]()

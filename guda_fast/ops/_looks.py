@@ -13,12 +13,20 @@ _MOST = 4096
 _PLAIN = (Tensor, torch.nn.Parameter)  # others may have no memory of their own
 
 
-def looks(value: Any) -> Hashable:
-    """Equal for tensors that validation and the choice of a backend cannot tell apart: all but memory and contents."""
-    if type(value) in _PLAIN and value.layout is torch.strided:
-        return value.shape, value.stride(), value.dtype, value.device, value.is_neg()
-    # What is neither a tensor nor None is for validation to refuse, which leaves nothing to remember.
-    return (type(value),)
+def looks(*values: Any) -> Hashable | None:
+    """Equal for tensors that validation and the choice of a backend cannot tell apart: all but memory and contents.
+
+    None where a value is neither None nor a plain tensor: what others are cannot be seen, and must be asked each time.
+    """
+    found: list[Hashable] = []
+    for value in values:
+        if value is None:
+            found.append(None)
+        elif type(value) in _PLAIN and value.layout is torch.strided:
+            found.append((value.shape, value.stride(), value.dtype, value.device, value.is_neg()))
+        else:
+            return None
+    return tuple(found)
 
 
 class Remembered(Generic[T]):

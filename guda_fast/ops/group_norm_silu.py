@@ -88,11 +88,12 @@ def group_norm_silu(
     vectors = _Vectors(weight, bias, model_index, addend, scale, shift)
     if _library.is_recorded():
         return _compiled(x, groups, vectors, eps, silu, backend)
+    seen = looks(x, weight, bias, addend, scale, shift)
     # Whether an index is in range is no matter of looks, nor is the type of numbers that compare equal.
-    if model_index is not None or type(groups) is not int or type(eps) is not float or type(silu) is not bool:
+    numbers = type(groups) is int and type(eps) is float and type(silu) is bool
+    if seen is None or model_index is not None or not numbers:
         return _OP.run(_checked(x, groups, vectors, eps, silu), backend)
-    asked = _backends.requested_backend(_NAME, backend).name
-    key = (groups, eps, silu, asked, *map(looks, (x, weight, bias, addend, scale, shift)))
+    key = (groups, eps, silu, _backends.requested_backend(_NAME, backend).name, seen)
     geometry = _CPP_CALLS.get(key)
     if geometry is not None:
         return _launched(torch.empty_like(x), x, vectors, geometry)
