@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from guda_fast.deltas.formats._lora_factors import has_factors, low_rank
 from guda_fast.deltas.formats._lora_settings import Settings, read_settings
@@ -52,13 +51,9 @@ def _settings(weights: Weights) -> Settings | None:
         raise CheckpointError(f"{origin}: cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{origin}: must hold a JSON object, found {type(config).__name__}")
-    return read_settings(_of_denoiser(config), origin)
-
-
-def _of_denoiser(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A pipeline's file has one configuration a component, told apart by a prefix."""
+    # A pipeline's file has one configuration a component, told apart by the prefix that its tensors have too.
     for prefix in _COMPONENTS:
         own = {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)}
         if own:
-            return own
-    return config
+            return read_settings(own, origin, prefix)
+    return read_settings(config, origin)
