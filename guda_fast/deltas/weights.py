@@ -69,6 +69,7 @@ class Weights:
     factors: differences by the base's parameter names; no name is in ``entries`` too
     complete: whether what is in neither is missing; where not, it equals the base
     metadata: the text that a safetensors header holds beside the tensors
+    whole: whether it is a model by where it comes from, so that missing keys are an error
     advice: what else the file may be, for the error that says that keys are missing
     """
 
@@ -80,6 +81,7 @@ class Weights:
     factors: Mapping[str, Factors] = field(default_factory=dict)
     complete: bool = True
     metadata: Mapping[str, str] = field(default_factory=dict)
+    whole: bool = False
     advice: str = ""
 
     def named_like(self, expected: Collection[str]) -> Weights:
@@ -105,7 +107,7 @@ def entry_of(value: object, origin: str) -> Entry:
 def from_module(model: torch.nn.Module, origin: str) -> Weights:
     """The parameters and buffers of a module in memory."""
     entries = {name: entry_of(tensor, origin) for name, tensor in named_tensors(model).items()}
-    return Weights(origin, entries, config=module_config(model), config_origin=origin)
+    return Weights(origin, entries, config=module_config(model), config_origin=origin, whole=True)
 
 
 def module_config(model: torch.nn.Module) -> dict[str, Any] | None:
