@@ -37,7 +37,9 @@ def named_sources(entries: Iterable[str], option: str) -> dict[str, Source]:
                 f"{option}: must say one thing, got {entry!r}, whose choices are part of a file's name too"
             )
         try:
-            given = {choice: float(value) if choice == "scale" else value for choice, value in choices.items()}
+            given: dict[str, Any] = {
+                choice: float(value) if choice == "scale" else value for choice, value in choices.items()
+            }
             found[name] = Source(Path(path), **given)
         except ValueError as error:
             raise ValueError(f"{option}: {name}: {error}") from error

@@ -137,11 +137,11 @@ def _open_folder(folder: Path, how: Source, base: Base) -> tuple[Weights, Format
     if len(there) > 1 and asked not in there:
         listed = " and ".join(f"{what} (format={kind!r})" for kind, what in there.items())
         raise CheckpointError(f"{folder}: holds several, {listed}; pass Source(..., format=) of one, or its own path")
-    kind = asked if asked in there else next(iter(there), "diffusers")
+    kind: Format | None = asked if asked in there else next(iter(there), None)
     if kind == "peft":
-        return peft.open_adapter(folder, _shapes(base), how.scale), kind
+        return peft.open_adapter(folder, _shapes(base), how.scale), "peft"
     if kind == "lora":
-        return lora.converted(open_file(adapters[0]), _shapes(base), how.scale), kind
+        return lora.converted(open_file(adapters[0]), _shapes(base), how.scale), "lora"
     weights = open_folder(folder, variant=how.variant, average=_averaged(how))
     return (ema.converted(weights, base.parameters), "ema") if ema.is_ema(weights) else (weights, "diffusers")
 
