@@ -199,3 +199,59 @@ def test_weight_files_in_the_groups_folder_are_groups_too(files, run, tmp_path) 
     code, printed = run("score", files / "queries", "--base", files / "base", "--groups", "unlearned")
     assert code == 0, printed
     assert gf.Attribution.from_parquet("scores").groups == ("cat", "dog")
+
+
+def test_choices_after_a_path_and_their_replay(files, run, tmp_path, monkeypatch) -> None:
+    """A part by name, and in a folder with a comma in its name."""
+    state = perturbed(tiny_unet(), 0.01, 2).state_dict()
+    (tmp_path / "a,b=c").mkdir()
+    torch.save({name: state[name] for name in list(state)[1:]}, tmp_path / "a,b=c" / "dog.pt")
+    common = ["score", files / "queries", "--base", files / "base", "--start", 5, "--stride", 40]
+    code, printed = run(*common, "--group", "dog=a,b=c/dog.pt")
+    assert code == 1 and "or PATH,format=partial to a command" in printed
+    code, printed = run(*common, "--group", "dog=a,b=c/dog.pt,format=partial,weights=raw")
+    assert code == 0, printed
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, printed = run("score", "--config", "../scores/run.json", "--out", "../again")
+    assert code == 0, printed
+    first, again = (gf.Attribution.from_parquet(tmp_path / name) for name in ("scores", "again"))
+    np.testing.assert_array_equal(first.scores, again.scores)
+    (kept,) = json.loads((tmp_path / "again" / "run.json").read_text())["config"]["group"]
+    assert kept == f"dog={tmp_path}/a,b=c/dog.pt,format=partial,weights=raw"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("cat=x,scale=twice", "--group: cat: could not convert string to float: 'twice'"),
+        ("cat=x,weights=best", "--group: cat: Source: weights must be one of 'raw', 'ema', got 'best'"),
+        ("cat=x,scale=1,scale=2", "cat: must have scale= once"),
+        ("cat=,scale=1", "--group: must be NAME=PATH, got 'cat=,scale=1'"),
+        ("cat=x,fromat=partial", "x,fromat=partial: no such file or folder"),
+        ("cat=here,scale=1", "must say one thing, got 'cat=here,scale=1', whose choices are part of a file's name too"),
+    ],
+)
+def test_choices_that_cannot_be_read_are_named(files, run, tmp_path, entry: str, message: str) -> None:
+    (tmp_path / "here,scale=1").touch()
+    code, printed = run("score", files / "queries", "--base", files / "base", "--group", entry)
+    assert code == 1 and message in " ".join(printed.split()) and "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bird.pkl", "--groups: weights must end with one of .safetensors, .pt, .pth, .bin, .ckpt, found weights in"),
+        ("bird.pth.tar", "found weights in unlearned/bird.pth.tar"),
+        ("model-00001-of-00003.safetensors", "--groups: must hold whole models, found unlearned/model-00001-of-00003"),
+    ],
+)
+def test_files_in_the_groups_folder_that_are_no_groups_are_named(files, run, tmp_path, name, message) -> None:
+    (tmp_path / "unlearned").mkdir()
+    torch.save(perturbed(tiny_unet(), 0.01, 2).state_dict(), tmp_path / "unlearned" / "dog.pth")
+    common = ["score", files / "queries", "--base", files / "base", "--groups", "unlearned"]
+    code, printed = run(*common, "--dry-run")
+    assert code == 0 and "forwards" in printed, printed
+    shutil.copy(tmp_path / "unlearned" / "dog.pth", tmp_path / "unlearned" / name)
+    code, printed = run(*common)
+    assert code == 1 and message in printed

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
@@ -166,3 +167,14 @@ def test_a_pack_and_groups_exclude_each_other(files, run) -> None:
     assert code == 1 and "--pack: must be the only one of --pack, --group and --groups" in printed
     code, printed = run("score", files / "queries", "--base", files / "unlearned" / "cat", "--pack", "bank.safetensors")
     assert code == 1 and "key 'base.hash' must be that of the base" in printed
+
+
+def test_choices_after_a_path(files, run, tmp_path) -> None:
+    state = perturbed(tiny_unet(), 0.01, 1).state_dict()
+    for name in ("cat.pt", "dog.pt"):
+        torch.save({key: state[key] for key in list(state)[1:]}, name)
+    common = ["--out", "bank.safetensors"]
+    code, printed = run("pack", "build", files / "base", "cat=cat.pt,format=partial", *common)
+    assert code == 0 and "1 group" in printed, printed
+    code, printed = run("pack", "append", "bank.safetensors", "dog=dog.pt,format=partial")
+    assert code == 0 and "2 groups" in printed, printed

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from guda_fast.deltas import DeltaBank, Source
@@ -125,3 +126,37 @@ def test_averages_that_do_not_fit(
     torch.save(average.state_dict(), path)
     with pytest.raises(CheckpointError, match=f"^{path}: key 'conv_in.weight' must be finite"):
         DeltaBank.load(base, {"g": path}).survey()
+
+
+def test_shadow_parameters_by_their_numbers(
+    base: torch.nn.Module, average: EMAModel, expected: str, tmp_path: Path
+) -> None:
+    """A safetensors header has 10 before 2."""
+    shadows = {f"shadow_params.{at}": value for at, value in enumerate(average.shadow_params)}
+    safetensors.torch.save_file(shadows, path := tmp_path / "ema.safetensors")
+    assert hashes(base, g=path) == {"g": expected}
+    shadows["shadow_params.100000"] = shadows.pop("shadow_params.5")
+    with pytest.raises(CheckpointError, match="key 'shadow_params.5' is missing, of .* numbered from 0 on"):
+        hashes(base, g=shadows)
+
+
+def test_a_file_with_weights_and_average_gives_what_is_asked_for(
+    base: torch.nn.Module, other: torch.nn.Module, average: EMAModel, expected: str, tmp_path: Path
+) -> None:
+    torch.save({"unet_state_dict": other.state_dict(), **average.state_dict()}, both := tmp_path / "both.pt")
+    torch.save(average.state_dict(), alone := tmp_path / "ema.pt")
+    beside = {**other.state_dict(), "shadow_params": average.shadow_params}
+    found = hashes(
+        base,
+        raw=other,
+        plain=both,
+        asked=Source(both, weights="raw"),
+        memory=beside,
+        average=Source(both, weights="ema"),
+        format=Source(beside, format="ema"),
+        alone=alone,
+    )
+    assert {name for name, value in found.items() if value == expected} == {"average", "format", "alone"}
+    assert len(set(found.values())) == 2
+    with pytest.raises(CheckpointError, match=f"^{alone}: must have the weights themselves for weights='raw', found"):
+        hashes(base, g=Source(alone, weights="raw"))

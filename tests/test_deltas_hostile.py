@@ -300,3 +300,14 @@ def test_names_of_many_characters(base: torch.nn.Module, tmp_path: Path, prefix:
     refused(base, path, f"^{path}: key '{prefix}.*' must have at most 1000 characters, found ")
     many = {prefix * (900 // len(prefix)) + f"{i}.{end}": torch.ones(1) for i in range(10_000)}
     refused(base, many, r"^counterfactuals\['g'\]: ")
+
+
+def test_factors_of_a_rank_that_no_file_holds(base: torch.nn.Module, tmp_path: Path) -> None:
+    """Views of four bytes as factors of rank two million, which fit the base's layer."""
+    layer = next(name for name in base.state_dict() if name.endswith("to_q.weight")).removesuffix(".weight")
+    size = base.state_dict()[f"{layer}.weight"].shape[0]
+    state = {f"{layer}.lora_A.weight": torch.zeros(1).expand(2_000_000, size)}
+    state |= {f"{layer}.lora_B.weight": torch.zeros(1).expand(size, 2_000_000)}
+    torch.save(state, path := tmp_path / "lora.pt")
+    assert path.stat().st_size < 4096
+    refused(base, path, f"^{path}: key '{layer}.lora_A.weight' must have memory for each of its values, found a view")

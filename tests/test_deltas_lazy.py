@@ -249,3 +249,44 @@ def test_peak_memory_is_two_models_whatever_the_number_of_groups(tmp_path: Path)
 
     run("save")
     assert 1.8 < float(run("use")) < 2.75
+
+
+@pytest.mark.parametrize("content", ["values", "damage"])
+def test_a_file_that_is_written_while_it_is_read_is_refused(
+    base: Net,
+    others: dict[str, torch.nn.Module],
+    files: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    content: str,
+) -> None:
+    """In place, after its first tensor was read: some tensors would be of one model, some of another."""
+    bank = DeltaBank.load(base, files)
+    bank.survey()
+    parts = bank.deltas[0].parts
+    assert len(parts["conv.bias"].value)
+    other = files["b"].read_bytes()
+    written = other if content == "values" else other[: len(other) // 2]
+    read = state_dict._OpenFile.tensor
+
+    def reading(self: object, *where: object) -> torch.Tensor:
+        found = read(self, *where)  # type: ignore[arg-type]
+        files["a"].write_bytes(written)
+        touch(files["a"])
+        return found
+
+    monkeypatch.setattr(state_dict._OpenFile, "tensor", reading)
+    with pytest.raises(CheckpointError, match=f"^{files['a']}: has changed since DeltaBank.load read its header"):
+        bank.apply("a")
+    assert bank.applied_group is None and torch.equal(bank.model.conv.weight, base.conv.weight)
+
+
+def test_a_part_of_a_file_that_is_written_while_it_is_read_is_refused(
+    base: Net, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = DeltaBank.load(base, files)
+    bank.survey()
+    read = state_dict._OpenFile.tensor
+    changed = lambda self, *where: (read(self, *where), touch(files["a"]))[0]  # noqa: E731
+    monkeypatch.setattr(state_dict._OpenFile, "tensor", changed)
+    with pytest.raises(CheckpointError, match="has changed since DeltaBank.load read its header"):
+        bank.deltas[0].parts["conv.bias"]

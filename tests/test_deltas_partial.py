@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def test_a_part_with_more_than_half_must_be_called_one(base: torch.nn.Module, st
     half, more = ({name: state[name] for name in names[:count]} for count in (len(names) // 2, len(names) // 2 + 1))
     assert DeltaBank.load(base, {"g": half}).survey("g").support.keys() == half.keys()
     with pytest.raises(
-        CheckpointError, match=r"is missing .*; pass Source\(..., format=\"partial\"\) if the rest equal"
+        CheckpointError, match=r"is missing .*; pass Source\(..., format=\"partial\"\), .*if the rest equal"
     ):
         DeltaBank.load(base, {"g": more})
     assert DeltaBank.load(base, {"g": Source(more, format="partial")}).survey("g").support.keys() == more.keys()
@@ -87,3 +88,28 @@ def test_a_base_that_holds_a_text_encoder_has_its_keys(part: State) -> None:
     base = torch.nn.ModuleDict({"text_model": torch.nn.Linear(2, 2), "denoiser": torch.nn.Linear(2, 2)})
     found = DeltaBank.load(base, {"g": {"text_model.weight": torch.ones(2, 2)}}).survey("g")
     assert found.support.keys() == {"text_model.weight"}
+
+
+def test_a_shard_of_a_model_is_no_part(base: torch.nn.Module, state: State, tmp_path: Path) -> None:
+    """Neither by its name nor by the index that lists it; unless it is called one."""
+    perturbed(base).save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = min(tmp_path.glob("*-of-*.safetensors"))
+    renamed = tmp_path / "first.safetensors"
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    (alone := tmp_path / "alone").mkdir()
+    shutil.copy(shard, alone)
+    shutil.copy(shard, renamed)
+    index.write_text(index.read_text().replace(shard.name, renamed.name))
+    for path in (alone / shard.name, renamed):
+        with pytest.raises(
+            CheckpointError, match=f"^{path}: key '.*' is missing .*; this is one shard of a model, whos"
+        ):
+            DeltaBank.load(base, {"g": path})
+        bank = DeltaBank.load(base, {"g": Source(path, format="partial")})
+        assert 0 < len(bank.survey("g").support) < len(state) / 2
+
+
+def test_a_module_is_whole() -> None:
+    base = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    with pytest.raises(CheckpointError, match="key '1.weight' is missing"):
+        DeltaBank.load(base, {"g": torch.nn.Sequential(torch.nn.Linear(2, 2))})

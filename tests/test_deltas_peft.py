@@ -314,3 +314,39 @@ def test_factors_are_read_when_asked_for(tmp_path: Path) -> None:
     part = weights.factors[f"{TO_Q}.weight"]
     with pytest.raises(CheckpointError, match="cannot be read: the file was cut off"):
         part.read()
+
+
+class Holder(nn.Module):
+    """A module that holds its network under a name that is also a wrapper's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = unet()
+
+
+@pytest.mark.parametrize("pattern", [r"^unet\.mid_block\..*to_q", r"^mid_block\..*to_q", "to_q"])
+@pytest.mark.parametrize("base", [Holder, unet])
+def test_patterns_are_for_the_names_in_the_file(tmp_path: Path, base: Callable[[], nn.Module], pattern: str) -> None:
+    """Also where the base has the network without its holder: PEFT matched the holder's names."""
+    config = {"r": 4, "lora_alpha": 3, "target_modules": ["to_q", "to_k"], "alpha_pattern": {pattern: 40}}
+    injected = adapter(Holder(), config)
+    injected.save_pretrained(tmp_path)
+    model = base()
+    bank = DeltaBank.load(model, {"g": tmp_path})
+    theirs = injected.get_base_model() if base is Holder else injected.get_base_model().unet
+    check_weights(model, bank, theirs)
+
+
+def test_layers_of_a_holder_that_are_the_networks_too(tmp_path: Path) -> None:
+    """A base with ``unet.conv`` and ``conv``: the adapter of the one is not the other's."""
+
+    def both() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"unet": nn.ModuleDict({"conv": nn.Linear(4, 4)}), "conv": nn.Linear(4, 4)})
+
+    injected = adapter(both(), {"r": 2, "target_modules": r"unet\.conv"})
+    injected.save_pretrained(tmp_path)
+    base = both()
+    bank = DeltaBank.load(base, {"g": tmp_path})
+    assert bank.survey("g").support == {"unet.conv.weight": "low-rank"}
+    check_weights(base, bank, injected.get_base_model())

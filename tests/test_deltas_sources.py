@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,21 @@ def test_modules_keep_to_what_they_are(base: torch.nn.Module, other: torch.nn.Mo
     delta = Delta({"conv_in.bias": Dense(torch.ones(8))})
     with pytest.raises(ValueError, match="a Delta leaves no choice of format, weights, scale or variant"):
         DeltaBank.load(base, {"g": Source(delta, scale=2.0)})
+
+
+@pytest.mark.parametrize("place", [".", "unet"])
+def test_a_folder_with_a_model_and_adapters_must_say_which(
+    base: torch.nn.Module, other: torch.nn.Module, lora_file: Path, tmp_path: Path, place: str
+) -> None:
+    other.save_pretrained(tmp_path / place)
+    shutil.copy(lora_file, tmp_path)
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}: holds several, pytorch_lora_weights.*lora'.* and a model"):
+        DeltaBank.load(base, {"g": tmp_path})
+    named = {kind: Source(tmp_path, format=kind) for kind in ("lora", "diffusers")}  # type: ignore[arg-type]
+    hashes = DeltaBank.load(base, {**named, "file": lora_file, "module": other}).delta_hashes
+    assert hashes["lora"] == hashes["file"] != hashes["diffusers"] == hashes["module"]
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        CheckpointError, match="holds several, an adapter of PEFT .* and pytorch_lora_weights.* and a m"
+    ):
+        DeltaBank.load(base, {"g": tmp_path})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,7 +114,7 @@ BAD_STATES: list[tuple[Callable[[State], None], str]] = [
     ),
     (
         spoil_missing,
-        r"key 'conv_in.weight' is missing \(and 1 more key\); pass Source\(..., format=\"partial\"\) if the rest",
+        r"key 'conv_in.weight' is missing \(and 1 more key\); pass Source\(..., format=\"partial\"\), .*if the rest",
     ),
     (spoil_unknown, r"key 'conv_in.alpha' is not in the base$"),
     (spoil_renamed, r"key 'conv_out.weight' is missing; key 'conv_out.w' is not in the base$"),
@@ -276,3 +277,45 @@ def test_a_missing_source_is_found_before_any_work(base: Net, tmp_path: Path) ->
     (tmp_path / "bad.pt").write_bytes(b"not read")
     with pytest.raises(CheckpointError, match="missing.pt: no such file"):
         DeltaBank.load(base, {"a": tmp_path / "bad.pt", "b": tmp_path / "missing.pt"})
+
+
+class Wrapped(torch.nn.Module):
+    """Holds a module under a name that is also a wrapper's, and one of its layers' names beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = torch.nn.Sequential(OrderedDict(conv=torch.nn.Conv2d(1, 1, 3)))
+        self.conv = torch.nn.Conv2d(1, 1, 3)
+        self.norm = torch.nn.GroupNorm(1, 2)
+
+
+@pytest.mark.parametrize("prefix", ["", "unet.", "module.", "module.unet."])
+def test_names_that_fit_are_no_wrappers(prefix: str) -> None:
+    """Also where the base holds what a wrapper's prefix would hide."""
+    base = Wrapped()
+    part = {"unet.conv.weight": torch.ones(1, 1, 3, 3)}
+    whole = {name: tensor + 1 for name, tensor in base.state_dict().items()}
+    for state in (part, whole):
+        if prefix.endswith("unet.") and state is part:
+            continue  # a name twice in unet is one of the base's in a wrapper, which the next test has
+        given = {prefix + name: tensor for name, tensor in state.items()}
+        assert DeltaBank.load(base, {"g": given}).survey("g").support.keys() == state.keys()
+
+
+def test_as_few_wrappers_as_make_the_names_fit() -> None:
+    base = Wrapped()
+    found = DeltaBank.load(base, {"g": {"unet.unet.conv.weight": torch.ones(1, 1, 3, 3)}}).survey("g")
+    assert found.support.keys() == {"unet.conv.weight"}
+
+
+def test_a_model_with_an_adapter_inside_is_named(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = Net()
+    injected = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["conv_in"]), copy.deepcopy(base))
+    torch.save(injected.state_dict(), path := tmp_path / "injected.pt")
+    for source in (path, injected):
+        message = (
+            "key 'conv_in.(base_layer|lora_A).* is that of a model with an adapter of PEFT inside, .*merge_and_unload"
+        )
+        with pytest.raises(CheckpointError, match=message):
+            DeltaBank.load(base, {"g": source})

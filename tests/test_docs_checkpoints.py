@@ -15,9 +15,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from conditional import IMAGE, prompted, save_pipeline
 from guda_fast.cli import main
 from guda_fast.deltas import DeltaBank
-from ldm import original, tiny_conditional_unet
+from ldm import original
 from tiny import perturbed, tiny_unet
 
 pytest.importorskip("diffusers")
@@ -26,7 +27,7 @@ from diffusers.training_utils import EMAModel
 
 PAGE = Path(__file__).parents[1] / "docs" / "checkpoints.md"
 State = dict[str, torch.Tensor]
-SD = tiny_conditional_unet()
+SD = prompted()
 NETWORK = (
     "from torch.nn import Linear\n\nclass Network(Linear):\n    def __init__(self):\n        super().__init__(2, 2)\n"
 )
@@ -53,10 +54,18 @@ def full_model() -> nn.Module:
     return base
 
 
-def images() -> None:
-    Path("queries").mkdir()
-    pixels = np.random.default_rng(0).integers(0, 255, (8, 8), dtype=np.uint8)
-    Image.fromarray(pixels).save("queries/0.png")
+def stable_diffusion_model(folder: str = "sd", unet: nn.Module = SD, queries: str = "queries") -> nn.Module:
+    """A pipeline, images and prompts.jsonl."""
+    save_pipeline(Path(folder), unet)
+    images(queries, (IMAGE, IMAGE, 3))
+    Path("prompts.jsonl").write_text('{"file_name": "0.png", "prompt": "a cat"}\n')
+    return unet
+
+
+def images(folder: str = "queries", shape: tuple[int, ...] = (8, 8)) -> None:
+    Path(folder).mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+    Image.fromarray(pixels).save(f"{folder}/0.png")
 
 
 def diffusers_scripts() -> None:
@@ -73,7 +82,7 @@ def guda_scripts() -> None:
         DDPMScheduler(num_train_timesteps=100).save_pretrained(f"cifar/{folder}")
         torch.save({"epoch": 7}, f"cifar/{folder}/training_state.pt")
     images()
-    SD.save_pretrained("sd/unet")
+    stable_diffusion_model(queries="paintings")
     for seed, style in enumerate(("Van Gogh", "Pop Art"), 1):
         Path("canvas", style).mkdir(parents=True)
         content = {
@@ -101,8 +110,7 @@ def averages() -> None:
 
 
 def esd() -> None:
-    rounded = tiny_conditional_unet().to(torch.bfloat16)
-    rounded.save_pretrained("sd-bfloat16/unet")
+    rounded = stable_diffusion_model("sd-bfloat16", prompted().to(torch.bfloat16))
     layers = [n for n, m in SD.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     state = {name: tensor.bfloat16() for name, tensor in trained(1).items() if name.rpartition(".")[0] in layers}
     assert sum("attn2" not in name for name in state) > len(SD.state_dict()) / 2
@@ -112,19 +120,19 @@ def esd() -> None:
 
 
 def uce() -> None:
-    SD.save_pretrained("sd/unet")
+    stable_diffusion_model()
     Path("uce_models").mkdir()
     save_file(trained(1, "attn2.to_k", "attn2.to_v"), "uce_models/van_gogh.safetensors")
 
 
 def concept_ablation() -> None:
-    SD.save_pretrained("sd/unet")
+    stable_diffusion_model()
     torch.save({"unet": trained(1, "attn2.to_k", "attn2.to_v")}, "delta.bin")
     torch.save({"state_dict": original(trained(2, "attn2.to_k", "attn2.to_v"))}, "delta_epoch=000007.ckpt")
 
 
 def salun() -> None:
-    SD.save_pretrained("sd/unet")
+    stable_diffusion_model()
     rest = {"cond_stage_model.x": torch.ones(1), "first_stage_model.x": torch.ones(1), "betas": torch.ones(9)}
     torch.save({**original(trained(1)), **rest}, "compvis-cl-mask-class_6-epoch_4.pt")
     torch.save(trained(2), "diffusers-cl-mask-class_5-epoch_4.pt")
@@ -138,7 +146,7 @@ def salun() -> None:
 
 
 def stable_diffusion() -> None:
-    SD.save_pretrained("sd/unet")
+    stable_diffusion_model()
     state = original(trained(1))
     averages = {"model_ema." + n.removeprefix("model.").replace(".", ""): t + 0.1 for n, t in state.items()}
     torch.save({"state_dict": {**state, **averages, "model_ema.decay": torch.ones(1)}, "epoch": 3}, "cat.ckpt")
@@ -157,8 +165,8 @@ def lora_files() -> None:
     peft = pytest.importorskip("peft")
     from diffusers.utils import convert_state_dict_to_kohya
 
-    SD.save_pretrained("sd/unet")
-    model = tiny_conditional_unet()
+    stable_diffusion_model()
+    model = prompted()
     model.add_adapter(peft.LoraConfig(target_modules=["to_k", "to_v"], init_lora_weights=False))
     model.save_lora_adapter("lora_cat")
     factors = peft.get_peft_model_state_dict(model)
@@ -189,7 +197,7 @@ MADE: dict[str, Callable[[], None]] = {
 
 
 def run_shell(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", [*shlex.split(command), "--stride", "40", "--force"])
+    monkeypatch.setattr("sys.argv", [*shlex.split(command.replace("\\\n", "")), "--stride", "40", "--force"])
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code

@@ -12,14 +12,18 @@ from typing import Annotated, Any
 
 import typer
 
-from guda_fast.cli.named import all_sources
+from guda_fast.cli.named import all_sources, in_full
+from guda_fast.deltas.sources import Source
 from guda_fast.results import RECORD, Attribution
 
 _Queries = Annotated[Path, typer.Argument(help="A folder of images, read recursively.")]
 _Base = Annotated[Path, typer.Option(help="The full-data model: a diffusers folder.")]
 _Group = Annotated[
     list[str] | None,
-    typer.Option(help="NAME=PATH of an unlearned model: a diffusers folder or a state dict; once a group."),
+    typer.Option(
+        help="NAME=PATH of an unlearned model: a diffusers folder, a state dict, an adapter; once a group. After PATH "
+        "may come ,format=partial ,weights=ema ,scale=-1 ,variant=fp16 as for guda_fast.Source."
+    ),
 ]
 _Groups = Annotated[
     Path | None, typer.Option(help="A folder with one unlearned model a sub-folder or weights file, named by it.")
@@ -119,7 +123,7 @@ def _check_out(out: Path) -> None:
         raise NotADirectoryError(f"--out: must be a folder that can be written, found {existing}")
 
 
-def _counterfactuals(group: list[str] | None, groups: Path | None, pack: Path | None) -> dict[str, Path] | Path:
+def _counterfactuals(group: list[str] | None, groups: Path | None, pack: Path | None) -> dict[str, Source] | Path:
     """The unlearned models by name, or the pack that has them all."""
     if pack is None:
         return all_sources(group, groups, "--group")
@@ -140,8 +144,7 @@ def _replayable(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value.absolute())
     if isinstance(value, list | tuple):
-        pairs = (entry.partition("=") for entry in value)
-        return [f"{name}={Path(path).absolute()}" for name, _, path in pairs]
+        return [in_full(entry) for entry in value]
     return value
 
 

@@ -71,7 +71,7 @@ class FileGroup:
         only: the names to read; None for all
         Raises: CheckpointError when the files have changed, or hold values that cannot be used
         """
-        return self.read(self.open(), only)
+        return self._checked(self.open(), only)
 
     def delta(self, support: Callable[[], Collection[str]]) -> Delta:
         """The delta, each part of which is read whenever it is asked for.
@@ -96,9 +96,22 @@ class FileGroup:
                 what = "is gone" if found is None else "has changed"
                 raise CheckpointError(f"{path}: {what} since DeltaBank.load read its header; load the bank again")
 
-    def read(self, weights: Weights, only: Collection[str] | None = None) -> Iterator[tuple[str, Part]]:
-        """The parts of opened files."""
-        return differences(self._resident.tensors, weights, self._resident.theta_0, only)
+    def part(self, weights: Weights, name: str) -> Part:
+        """One part of opened files."""
+        self.check_unchanged()
+        return dict(self._checked(weights, (name,)))[name]
+
+    def _checked(self, weights: Weights, only: Collection[str] | None) -> Iterator[tuple[str, Part]]:
+        """The parts of opened files, which must be after the last tensor what they were before the first.
+
+        Else a file that is written while it is read would give some of both.
+        """
+        try:
+            yield from differences(self._resident.tensors, weights, self._resident.theta_0, only)
+        except CheckpointError:
+            self.check_unchanged()  # says more than what is wrong with half a file
+            raise
+        self.check_unchanged()
 
 
 class _FileParts(Mapping[str, Part]):
@@ -115,8 +128,7 @@ class _FileParts(Mapping[str, Part]):
     def __getitem__(self, name: str) -> Part:
         if name not in self._support():
             raise KeyError(name)
-        self._group.check_unchanged()
-        return dict(self._group.read(self._weights, (name,)))[name]
+        return self._group.part(self._weights, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._support())

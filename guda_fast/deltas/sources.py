@@ -14,7 +14,7 @@ from guda_fast._validate import check_choice, check_real, describe
 from guda_fast.deltas.base import Base
 from guda_fast.deltas.delta import Delta
 from guda_fast.deltas.formats import compvis, ema, lora, partial, peft
-from guda_fast.deltas.formats.diffusers import check_config, open_folder
+from guda_fast.deltas.formats.diffusers import check_config, holds_model, is_shard, open_folder
 from guda_fast.deltas.formats.state_dict import from_mapping, open_file, refuse_text_encoders
 from guda_fast.deltas.weights import Weights, existing_path, from_module, unwrapped
 from guda_fast.errors import CheckpointError
@@ -31,7 +31,8 @@ class Source:
 
     what: a path, a state dict, a torch.nn.Module, a Delta, or a callable that gives one of these when a bank is loaded
     format: its format, None to recognise it from the content
-    weights: "raw", or "ema" for the moving average that a training script kept beside the weights
+    weights: "raw", or "ema" for the moving average that a training script kept beside the weights; None for the
+        weights, or for the average where there is nothing else
     scale: multiplies a LoRA's difference, on top of its own alpha / rank [-1e6 <= scale <= 1e6]
     variant: of a diffusers folder that has several, such as "fp16" or "non_ema"; None for the plain weights
 
@@ -44,7 +45,7 @@ class Source:
     what: Openable | Delta | Callable[[], Openable | Delta]
     _: KW_ONLY
     format: Format | None = None
-    weights: Literal["raw", "ema"] = "raw"
+    weights: Literal["raw", "ema"] | None = None
     scale: float = 1.0
     variant: str | None = None
 
@@ -53,7 +54,8 @@ class Source:
             raise TypeError(f"Source: what must be {_KINDS}, got {describe(self.what)}")
         if self.format is not None:
             check_choice("Source", "format", self.format, FORMATS)
-        check_choice("Source", "weights", self.weights, WEIGHTS)
+        if self.weights is not None:
+            check_choice("Source", "weights", self.weights, WEIGHTS)
         check_real("Source", "scale", self.scale, -1e6, 1e6)
         if self.variant is not None and not isinstance(self.variant, str):
             raise TypeError(f"Source: variant must be a string or None, got {describe(self.variant)}")
@@ -62,6 +64,8 @@ class Source:
 SourceLike = Openable | Delta | Callable[[], Openable | Delta] | Source
 _LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 _BY_KEYS = ("state_dict", "partial", "lora", "ema", "compvis")
+_AS_A_PART = 'pass Source(..., format="partial"), or PATH,format=partial to a command, if the rest equals the base'
+_OF_A_SHARD = "this is one shard of a model, whose folder loads whole; "
 _KINDS = "a path, a state dict, a torch.nn.Module, a Delta, or a callable that gives one of these"
 
 
@@ -83,7 +87,7 @@ def resolved(source: SourceLike, name: str) -> tuple[Openable | Delta, Source]:
     if isinstance(what, str | os.PathLike):
         # In full, so that a change of the working directory changes nothing.
         return existing_path(what).absolute(), how
-    if isinstance(what, Delta) and (how.format, how.weights, how.scale, how.variant) != (None, "raw", 1, None):
+    if isinstance(what, Delta) and (how.format, how.weights, how.scale, how.variant) != (None, None, 1, None):
         raise ValueError(f"DeltaBank.load: {name}: a Delta leaves no choice of format, weights, scale or variant")
     if not isinstance(what, Mapping | torch.nn.Module | Delta):
         raise TypeError(
@@ -108,11 +112,12 @@ def open_source(what: Openable, how: Source, name: str, base: Base) -> Weights:
         if isinstance(what, torch.nn.Module):
             weights = from_module(unwrapped(what), name)
         elif isinstance(what, Mapping):
-            weights = from_mapping(what, name)
+            weights = from_mapping(what, name, average=_averaged(how))
         else:
-            weights = open_file(Path(what))
-        weights, found = _recognised(weights, how, base)
+            weights = open_file(Path(what), average=_averaged(how))
+        weights, found = _recognised(weights, how, base, what)
     _check_choices(how, found, weights.origin)
+    lora.refuse_injected(weights, _shapes(base).keys())
     if base.config is not None:
         check_config(base.config, type(base.model), weights)
     return weights
@@ -120,23 +125,33 @@ def open_source(what: Openable, how: Source, name: str, base: Base) -> Weights:
 
 def _open_folder(folder: Path, how: Source, base: Base) -> tuple[Weights, Format]:
     """The model or the adapter in a folder, and its format."""
-    if peft.is_adapter(folder):
-        return peft.open_adapter(folder, _shapes(base), how.scale), "peft"
-    # A pipeline's save_lora_weights gives its file a folder of its own.
     adapters = [folder / name for name in _LORA_FILES if (folder / name).is_file()]
-    if adapters and not (folder / "config.json").is_file():
+    there: dict[Format, str] = {}
+    if peft.is_adapter(folder):
+        there["peft"] = "an adapter of PEFT"
+    if adapters:
+        there["lora"] = adapters[0].name
+    if holds_model(folder):
+        there["diffusers"] = "a model"
+    asked: Format | None = "diffusers" if how.format == "ema" else how.format
+    if len(there) > 1 and asked not in there:
+        listed = " and ".join(f"{what} (format={kind!r})" for kind, what in there.items())
+        raise CheckpointError(f"{folder}: holds several, {listed}; pass Source(..., format=) of one, or its own path")
+    kind: Format | None = asked if asked in there else next(iter(there), None)
+    if kind == "peft":
+        return peft.open_adapter(folder, _shapes(base), how.scale), "peft"
+    if kind == "lora":
         return lora.converted(open_file(adapters[0]), _shapes(base), how.scale), "lora"
-    average = how.weights == "ema" or how.format == "ema"
-    weights = open_folder(folder, variant=how.variant, average=average)
+    weights = open_folder(folder, variant=how.variant, average=_averaged(how))
     return (ema.converted(weights, base.parameters), "ema") if ema.is_ema(weights) else (weights, "diffusers")
 
 
-def _recognised(weights: Weights, how: Source, base: Base) -> tuple[Weights, Format]:
+def _recognised(weights: Weights, how: Source, base: Base, what: Openable) -> tuple[Weights, Format]:
     """The tensors of a file or a mapping by the base's names, and their format: what was asked for, or by their keys.
 
     Raises: CheckpointError where they cannot be read as that format
     """
-    found = how.format if how.format in _BY_KEYS else _format(weights, base)
+    found = how.format if how.format in _BY_KEYS else _format(weights, base, what)
     if found == "ema":
         return ema.converted(weights, base.parameters), found
     if found == "lora":
@@ -153,11 +168,12 @@ def _recognised(weights: Weights, how: Source, base: Base) -> tuple[Weights, For
     if found == "partial":
         return partial.as_partial(named), found
     if how.format is None and weights.config is None and partial.lacks_keys(named, base.tensors):
-        named = replace(named, advice='pass Source(..., format="partial") if the rest equals the base')
+        shard = isinstance(what, Path) and is_shard(what)
+        named = replace(named, advice=_OF_A_SHARD + _AS_A_PART if shard else _AS_A_PART)
     return named, found
 
 
-def _format(weights: Weights, base: Base) -> Format:
+def _format(weights: Weights, base: Base, what: Openable) -> Format:
     """What the keys say: those of each format are in no other."""
     if ema.is_ema(weights):
         return "ema"
@@ -165,8 +181,14 @@ def _format(weights: Weights, base: Base) -> Format:
         return "compvis"
     if lora.is_lora(weights):
         return "lora"
-    bare = weights.config is None and partial.is_partial(weights.named_like(list(_shapes(base))), base.tensors)
-    return "partial" if bare else "state_dict"
+    # A module is whole, and a shard is not all of its model: neither was made to have some of the parameters.
+    if weights.whole or not partial.is_partial(weights.named_like(list(_shapes(base))), base.tensors):
+        return "state_dict"
+    return "state_dict" if isinstance(what, Path) and is_shard(what) else "partial"
+
+
+def _averaged(how: Source) -> bool:
+    return how.weights == "ema" or how.format == "ema"
 
 
 def _check_choices(how: Source, found: Format, origin: str) -> None:
@@ -175,6 +197,8 @@ def _check_choices(how: Source, found: Format, origin: str) -> None:
         raise CheckpointError(f"{origin}: must be of format {how.format!r}, found {found!r}")
     if how.weights == "ema" and found not in ("diffusers", "ema", "compvis"):
         raise CheckpointError(f"{origin}: must have a moving average for weights='ema', found format {found!r}")
+    if how.weights == "raw" and found == "ema":
+        raise CheckpointError(f"{origin}: must have the weights themselves for weights='raw', found their average only")
     if how.scale != 1 and found not in ("lora", "peft"):
         raise CheckpointError(f"{origin}: must be a LoRA for scale={how.scale:g}, found format {found!r}")
     if how.variant is not None and found != "diffusers":

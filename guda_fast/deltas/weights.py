@@ -28,6 +28,7 @@ class Entry:
     read: gives the tensor on the CPU; it may share memory with an object that is not ours
     problem: why there is no tensor with plain values, empty if there is
     shape, dtype: of the tensor, if there is no problem
+    repeated: whether the tensor shows the same memory several times, so that its copy is larger than what was read
     """
 
     origin: str
@@ -35,6 +36,7 @@ class Entry:
     problem: str = ""
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
+    repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class Weights:
     factors: differences by the base's parameter names; no name is in ``entries`` too
     complete: whether what is in neither is missing; where not, it equals the base
     metadata: the text that a safetensors header holds beside the tensors
+    whole: whether it is a model by where it comes from, so that missing keys are an error
     advice: what else the file may be, for the error that says that keys are missing
     """
 
@@ -78,11 +81,13 @@ class Weights:
     factors: Mapping[str, Factors] = field(default_factory=dict)
     complete: bool = True
     metadata: Mapping[str, str] = field(default_factory=dict)
+    whole: bool = False
     advice: str = ""
 
     def named_like(self, expected: Collection[str]) -> Weights:
         """The same tensors without the wrapper prefixes (``module.``, ``unet.``, ...) that ``expected`` lacks."""
-        start = len(wrapper(self.entries, expected, _PREFIXES))
+        known = frozenset(expected)
+        start = len(wrapper(self.entries, _PREFIXES, known.__contains__))
         entries = {name[start:]: entry for name, entry in self.entries.items()}
         return replace(self, entries=entries)
 
@@ -95,13 +100,14 @@ def entry_of(value: object, origin: str) -> Entry:
     if value.layout != torch.strided or value.is_meta:
         kind = "on the meta device" if value.is_meta else f"with layout {value.layout}"
         problem = f"must be a dense tensor with values, found one {kind}"
-    return Entry(origin, lambda: value.detach().to("cpu"), problem, tuple(value.shape), value.dtype)
+    repeated = not problem and value.numel() * value.element_size() > value.untyped_storage().nbytes()
+    return Entry(origin, lambda: value.detach().to("cpu"), problem, tuple(value.shape), value.dtype, repeated)
 
 
 def from_module(model: torch.nn.Module, origin: str) -> Weights:
     """The parameters and buffers of a module in memory."""
     entries = {name: entry_of(tensor, origin) for name, tensor in named_tensors(model).items()}
-    return Weights(origin, entries, config=module_config(model), config_origin=origin)
+    return Weights(origin, entries, config=module_config(model), config_origin=origin, whole=True)
 
 
 def module_config(model: torch.nn.Module) -> dict[str, Any] | None:
@@ -140,12 +146,20 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
         model = inner
 
 
-def wrapper(names: Collection[str], expected: Collection[str], prefixes: Collection[str]) -> str:
-    """What all names begin with beside ``expected``: some of the prefixes, one after the other."""
+def wrapper(names: Collection[str], prefixes: Collection[str], fits: Callable[[str], bool]) -> str:
+    """The prefixes, one after the other, that all names begin with, and without which the most of them fit.
+
+    As few of them as that takes, so that names which fit as they are stay so; all of them where no name ever fits.
+    """
     # What the first and the last in order begin with, all between them do.
-    ends, others = ((min(n, default=""), max(n, default="")) for n in (names, expected))
-    start = 0
-    for _ in range(_MOST_WRAPPERS):
-        own = (p for p in prefixes if not all(name.startswith(p) for name in others))
-        start += next((len(p) for p in own if all(name.startswith(p, start) for name in ends)), 0)
-    return ends[0][:start]
+    ends = min(names, default=""), max(names, default="")
+    starts = [0]
+    while len(starts) <= _MOST_WRAPPERS:
+        following = (p for p in prefixes if all(name.startswith(p, starts[-1]) for name in ends))
+        if not (prefix := next(following, "")):
+            break
+        starts.append(starts[-1] + len(prefix))
+    if len(starts) == 1:
+        return ""
+    fitting = [sum(fits(name[start:]) for name in names) for start in starts]
+    return ends[0][: starts[fitting.index(max(fitting))] if any(fitting) else starts[-1]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -59,7 +59,7 @@ def low_rank(
     modules = Modules(names)
     found: dict[str, _Factored] = {}
     entries: dict[str, Entry] = {}
-    shorter_keys = without_wrappers(weights.entries.keys(), names)
+    shorter_keys = without_wrappers(weights.entries.keys(), lambda key: _fits(key, modules, names))
     # All of them first, because what a file is says more than that one of its keys is unknown.
     _check_kind(weights)
     refuse_text_encoders(
@@ -67,10 +67,10 @@ def low_rank(
     )
     for key, shorter in shorter_keys.items():
         entry = weights.entries[key]
-        suffix = next((suffix for suffix in _SUFFIXES if shorter.endswith(suffix)), "")
-        if suffix:
+        if suffix := _suffix(shorter):
             module = _module(modules, shorter.removesuffix(suffix), entry.origin, key)
-            found.setdefault(module, _Factored(module)).put(_SUFFIXES[suffix], key, entry)
+            stated = key.removesuffix(suffix)
+            found.setdefault(module, _Factored(module, stated)).put(_SUFFIXES[suffix], key, entry)
         elif ".original_module." not in shorter:
             _put_whole(entries, shorter, key, entry, names)
     if scale != 1 and entries:
@@ -86,6 +86,20 @@ def low_rank(
             factors[f"{module}.bias"] = factored.bias(names, settings, scale)
     stated = weights.origin if scale == 1 else f"{weights.origin} (scale {scale:g})"
     return replace(weights, origin=stated, entries=entries, factors=factors, complete=False)
+
+
+def _suffix(key: str) -> str:
+    return next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), "")
+
+
+def _fits(key: str, modules: Modules, names: Container[str]) -> bool:
+    suffix = _suffix(key)
+    return bool(modules.candidates(key.removesuffix(suffix))) if suffix else _whole_name(key) in names
+
+
+def _whole_name(key: str) -> str:
+    """The name of a parameter that an adapter holds whole: of PEFT's ``modules_to_save``, or a trained bias."""
+    return key.replace(".modules_to_save.", ".").replace(".base_layer.bias", ".bias")
 
 
 def _other_kind(key: str) -> str:
@@ -113,8 +127,7 @@ def _module(modules: Modules, module: str, origin: str, key: str) -> str:
 def _put_whole(
     entries: dict[str, Entry], shorter: str, key: str, entry: Entry, names: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """A parameter that an adapter holds whole: of PEFT's ``modules_to_save``, or a bias that was trained."""
-    name = shorter.replace(".modules_to_save.", ".").replace(".base_layer.bias", ".bias")
+    name = _whole_name(shorter)
     if name not in names:
         raise CheckpointError(f"{entry.origin}: key {key!r} is not in the base, and no LoRA's factor")
     # Where biases are trained too, PEFT writes those of modules_to_save twice, under two keys.
@@ -122,10 +135,15 @@ def _put_whole(
 
 
 class _Factored:
-    """What a file holds of one module: by role, the key and its entry."""
+    """What a file holds of one module: by role, the key and its entry.
 
-    def __init__(self, module: str) -> None:
+    module: its name in the base
+    stated: its name in the file, by which settings have it
+    """
+
+    def __init__(self, module: str, stated: str) -> None:
         self._module = module
+        self._stated = stated
         self.given: dict[str, tuple[str, Entry]] = {}
 
     def put(self, role: str, key: str, entry: Entry) -> None:
@@ -135,6 +153,9 @@ class _Factored:
         allowed = FLOATING + INTEGER if role == "alpha" else FLOATING
         if entry.problem or entry.dtype not in allowed:
             raise _refused(entry, key, entry.problem or f"must hold floating values, found {entry.dtype}")
+        if entry.repeated:
+            # Of other tensors the base's shape bounds what a small file may ask for; of a rank nothing does.
+            raise _refused(entry, key, f"must have memory for each of its values, found a view of shape {entry.shape}")
         self.given[role] = (key, entry)
 
     def factors(self, shape: tuple[int, ...], settings: Settings | None, scale: float) -> Factors:
@@ -167,11 +188,11 @@ class _Factored:
     def _scale(self, settings: Settings | None, rank: int) -> float:
         if settings is not None:
             key, entry = self.given["down"]
-            if settings.rank_of(self._module) != rank:
-                wanted = f"must have rank {settings.rank_of(self._module)} as in {settings.origin}, found {rank}"
+            if settings.rank_of(self._stated) != rank:
+                wanted = f"must have rank {settings.rank_of(self._stated)} as in {settings.origin}, found {rank}"
                 raise _refused(entry, key, wanted)
         if "alpha" not in self.given:
-            return 1.0 if settings is None else settings.scale_of(self._module)
+            return 1.0 if settings is None else settings.scale_of(self._stated)
         key, entry = self.given["alpha"]
         if settings is not None:
             raise _refused(entry, key, f"must be absent, because {settings.origin} says the scale too")

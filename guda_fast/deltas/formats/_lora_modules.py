@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
 
 from guda_fast.deltas.weights import wrapper
 
 KOHYA_PREFIX = "lora_unet_"
-# Each is removed where all names of a file start with it, and the base's do not.
+# Each is removed where all names of a file start with it, and more are the base's without it.
 _WRAPPERS = ("base_model.model.", "_orig_mod.", "module.", "unet.", "transformer.")
 _BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.(\w+)\.(\d+)\.(.+)")
 _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
@@ -62,9 +62,12 @@ class Modules:
         return flat
 
 
-def without_wrappers(keys: Collection[str], names: Collection[str]) -> dict[str, str]:
-    """Each key without the prefixes that say where the model was when its LoRA was saved."""
-    start = len(wrapper(keys, names, _WRAPPERS))
+def without_wrappers(keys: Collection[str], fits: Callable[[str], bool]) -> dict[str, str]:
+    """Each key without the prefixes that say where the model was when its LoRA was saved.
+
+    fits: whether a key without them is one that the base has a place for
+    """
+    start = len(wrapper(keys, _WRAPPERS, fits))
     return {key: key[start:] for key in keys}
 
 

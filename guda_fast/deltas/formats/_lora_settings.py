@@ -34,6 +34,7 @@ class Settings:
     rank, alpha: of modules that no pattern names [rank >= 1]
     ranks, alphas: patterns of module names, of which the first that fits counts
     stabilised: ``use_rslora``
+    prefix: what a file's names have before those that the patterns were written for
     transposed: the weights of linear layers are (in, out)
     Source: Hu et al. 2021 (LoRA), section 4.1; Kalajdzievski 2023 (rsLoRA), equation 4; peft.LoraConfig
     """
@@ -45,20 +46,22 @@ class Settings:
     alphas: _Patterns = ()
     stabilised: bool = False
     transposed: bool = False
+    prefix: str = ""
 
     def rank_of(self, module: str) -> int:
-        """The rank of a module's factors."""
-        return int(_matching(self.ranks, module, self.rank))
+        """The rank of a module's factors, the module by its name in the file."""
+        return int(_matching(self.ranks, module.removeprefix(self.prefix), self.rank))
 
     def scale_of(self, module: str) -> float:
-        """The factor s of a module's difference."""
-        rank = self.rank_of(module)
-        return _matching(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.stabilised else rank)
+        """The factor s of a module's difference, the module by its name in the file."""
+        rank, alpha = self.rank_of(module), _matching(self.alphas, module.removeprefix(self.prefix), self.alpha)
+        return alpha / (math.sqrt(rank) if self.stabilised else rank)
 
 
-def read_settings(config: Mapping[str, Any], origin: str) -> Settings:
+def read_settings(config: Mapping[str, Any], origin: str, prefix: str = "") -> Settings:
     """The settings in a ``peft.LoraConfig`` that was written as JSON.
 
+    prefix: what the file's names have before those that patterns were written for
     Raises: CheckpointError where the adapter is not a plain LoRA, or a field is not what it must be
     """
     kind = config.get("peft_type", "LORA")
@@ -86,6 +89,7 @@ def read_settings(config: Mapping[str, Any], origin: str) -> Settings:
         _patterns(config.get("alpha_pattern"), "alpha_pattern", origin),
         stabilised=bool(config.get("use_rslora")),
         transposed=bool(config.get("fan_in_fan_out")),
+        prefix=prefix,
     )
 
 

@@ -45,6 +45,21 @@ def model_folder(folder: Path) -> Path:
     return found[0]
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether there is a model with weights in the folder, or in the sub-folders in which a pipeline has one."""
+    models = _models(folder, (*_COMPONENTS, *_AVERAGES))
+    return any(_INDEX.fullmatch(path.name) or _SINGLE.fullmatch(path.name) for m in models for path in m.iterdir())
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a file is one of several that hold a model together: by its name, or by an index beside it."""
+    if _SHARD.fullmatch(path.name):
+        return True
+    indices = (index for index in path.parent.glob("*.index*.json") if index.is_file())
+    maps = (read_json(index).get("weight_map") for index in indices)
+    return any(path.name in weight_map.values() for weight_map in maps if isinstance(weight_map, dict))
+
+
 def open_folder(folder: Path, *, variant: str | None = None, average: bool = False) -> Weights:
     """Open the model in a diffusers folder; values are read when asked for.
 
@@ -56,7 +71,7 @@ def open_folder(folder: Path, *, variant: str | None = None, average: bool = Fal
         folder = _average(folder)
         shadows = folder / _SHADOW_FILE
         if shadows.is_file():
-            return _configured(open_file(shadows), folder / "config.json")
+            return _configured(open_file(shadows, average=True), folder / "config.json")
     folder = model_folder(folder)
     weights = _weights_file(folder, variant)
     opened = _open_shards(weights) if weights.suffix == ".json" else open_file(weights)

@@ -34,5 +34,12 @@ def converted(weights: Weights, parameters: Sequence[str]) -> Weights:
             f"{weights.origin}: key 'shadow_params' must have one tensor for each of the base's {len(parameters)} "
             f"parameters, found {len(weights.entries)}"
         )
-    entries = dict(zip(parameters, weights.entries.values(), strict=True))
+    # A safetensors header has its names in the order of their letters: 0, 1, 10, 11, 2.
+    shadows = [weights.entries.get(f"{SHADOWS}{position}") for position in range(len(parameters))]
+    if None in shadows:
+        raise CheckpointError(
+            f"{weights.origin}: key '{SHADOWS}{shadows.index(None)}' is missing, of {len(parameters)} that are "
+            "numbered from 0 on"
+        )
+    entries = {name: shadow for name, shadow in zip(parameters, shadows, strict=True) if shadow is not None}
     return replace(weights, entries=entries, complete=False)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Collection, Mapping
 
 from guda_fast.deltas.formats._lora_factors import has_factors, low_rank
 from guda_fast.deltas.formats._lora_settings import Settings, read_settings
@@ -13,11 +13,27 @@ from guda_fast.errors import CheckpointError
 
 _CONFIG = "lora_adapter_metadata"
 _COMPONENTS = ("unet.", "transformer.")
+# PEFT's layers hold the layer that they adapt, and factors under the adapter's name.
+_INJECTED = re.compile(r"\.base_layer\.|\.lora_(?:embedding_)?[AB]\.(?!weight$|bias$)")
 
 
 def is_lora(weights: Weights) -> bool:
     """Whether the keys are those of a LoRA, or of something akin that `converted` refuses by name."""
     return has_factors(weights.entries)
+
+
+def refuse_injected(weights: Weights, known: Collection[str]) -> None:
+    """Raise CheckpointError for a model with adapters inside, of which its tensors do not say all.
+
+    known: the base's names
+    """
+    for key in weights.entries:
+        if key not in known and _INJECTED.search(key):
+            raise CheckpointError(
+                f"{weights.origin}: key {key!r} is that of a model with an adapter of PEFT inside, whose scale its "
+                "tensors do not say; save the adapter alone (save_pretrained, or save_lora_adapter of diffusers), or "
+                "the model after merge_and_unload() (fuse_lora() and unload_lora_weights() of diffusers)"
+            )
 
 
 def converted(weights: Weights, names: Mapping[str, tuple[int, ...]], scale: float = 1.0) -> Weights:
@@ -52,13 +68,9 @@ def _settings(weights: Weights) -> Settings | None:
         raise CheckpointError(f"{origin}: cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{origin}: must hold a JSON object, found {type(config).__name__}")
-    return read_settings(_of_denoiser(config), origin)
-
-
-def _of_denoiser(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A pipeline's file has one configuration a component, told apart by a prefix."""
+    # A pipeline's file has one configuration a component, told apart by the prefix that its tensors have too.
     for prefix in _COMPONENTS:
         own = {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)}
         if own:
-            return own
-    return config
+            return read_settings(own, origin, prefix)
+    return read_settings(config, origin)

@@ -14,6 +14,7 @@ from guda_fast.deltas.weights import Weights
 from guda_fast.errors import CheckpointError
 
 _CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."  # PEFT's own; what follows in a key is the module's name in the model that it adapted
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -41,7 +42,7 @@ def open_adapter(folder: Path, names: Mapping[str, tuple[int, ...]], scale: floa
     """
     config = folder / _CONFIG
     # Before the keys, because the kind of an adapter says more than that they are unknown.
-    settings = read_settings(read_json(config), str(config))
+    settings = read_settings(read_json(config), str(config), _PREFIX)
     path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if path is None:
         raise CheckpointError(f"{folder}: no weights: no {' or '.join(_FILES)}")

@@ -42,8 +42,10 @@ _SAFETENSORS_DTYPES = {
 _REFUSED = re.compile(r"(?<=GLOBAL )\S+|unrecognized function \S+|Can only (?:create|build) [^,]+|\S+ must be imported")
 
 
-def open_file(path: Path) -> Weights:
+def open_file(path: Path, *, average: bool = False) -> Weights:
     """Open a state dict file; whether it is safetensors or a torch checkpoint is read from its content.
+
+    average: as for ``from_mapping``
 
     Values are read when asked for, one tensor at a time, and leave nothing of the file in memory. Torch checkpoints of
     the format before version 1.6 are the exception: they can only be read whole.
@@ -60,22 +62,33 @@ def open_file(path: Path) -> Weights:
     if start[8:9] == b"{":
         return _open_safetensors(path)
     if start.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)):
-        return _open_pickle(path, zipped=start.startswith(_ZIP_MAGIC))
+        return _open_pickle(path, zipped=start.startswith(_ZIP_MAGIC), average=average)
     raise CheckpointError(f"{path}: neither a safetensors file nor a torch checkpoint, or cut off at its start")
 
 
-def from_mapping(loaded: object, origin: str) -> Weights:
+def looks_like_weights(path: Path) -> bool:
+    """Whether a file begins as those do that ``open_file`` can open."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:9] == b"{" or start.startswith((_ZIP_MAGIC, _PICKLE_MAGIC))
+
+
+def from_mapping(loaded: object, origin: str, *, average: bool = False) -> Weights:
     """The state dict in ``loaded``: under one of the usual keys, or the mapping itself.
 
     The list of an ``EMAModel`` becomes ``shadow_params.0`` and so on.
+
+    average: of a mapping that has both, take the moving average and not the weights
     """
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{origin}: must hold a state dict, found {type(loaded).__name__}{_inside(loaded)}")
     shadows = loaded.get(SHADOWS[:-1])
+    state: Mapping[Any, Any] = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), Mapping)), loaded)
     if isinstance(shadows, list | tuple):
-        state: Mapping[Any, Any] = {f"{SHADOWS}{position}": value for position, value in enumerate(shadows)}
-    else:
-        state = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), Mapping)), loaded)
+        if average or not any(isinstance(value, torch.Tensor) for value in state.values()):
+            state = {f"{SHADOWS}{position}": value for position, value in enumerate(shadows)}
+        elif state is loaded:
+            state = {key: value for key, value in loaded.items() if value is not shadows}
     if state is not loaded:
         _refuse_text_encoders([key for key, value in loaded.items() if isinstance(value, Mapping) and value], origin)
     _check_keys(state, origin)
@@ -170,12 +183,13 @@ def _open_safetensors(path: Path) -> Weights:
     return Weights(str(path), entries, files=(path,), metadata=header.get("__metadata__") or {})
 
 
-def _open_pickle(path: Path, *, zipped: bool) -> Weights:
+def _open_pickle(path: Path, *, zipped: bool, average: bool) -> Weights:
     if zipped:
         _check_archive(path)
     # Given a path that ends so, torch expects safetensors; a file object it takes as it is, but cannot map.
     mapped = zipped and path.suffix != ".safetensors"
-    return replace(from_mapping(_load_pickle(path, mapped=mapped), str(path)), files=(path,))
+    loaded = _load_pickle(path, mapped=mapped)
+    return replace(from_mapping(loaded, str(path), average=average), files=(path,))
 
 
 def _check_archive(path: Path) -> None:
