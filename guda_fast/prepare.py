@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -117,7 +116,8 @@ def _checked(asked: Asked, bank: DeltaBank, protocol: Protocol, how: Execution) 
     query_set = _load(asked, bank.model)
     bank.survey()
     if asked.latents is not None:  # last, because it takes longest
-        query_set = replace(query_set, x0=asked.latents.encode(query_set.x0, query_set.ids))
+        x0 = asked.latents.encode(query_set.x0, query_set.ids, query_set.distinct_names)
+        query_set = replace(query_set, x0=x0)
     return device, query_set
 
 

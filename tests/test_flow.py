@@ -144,9 +144,9 @@ def test_a_transformer_that_takes_s_itself() -> None:
 
 def sana(scale: float) -> nn.Module:
     return randomised(
-        SanaTransformer2DModel, in_channels=4, out_channels=4, num_attention_heads=1, attention_head_dim=4, num_layers=1,
-        num_cross_attention_heads=1, cross_attention_head_dim=4, cross_attention_dim=4, caption_channels=4,
-        sample_size=4, timestep_scale=scale,
+        SanaTransformer2DModel, in_channels=4, out_channels=4, num_attention_heads=1, attention_head_dim=4,
+        num_layers=1, num_cross_attention_heads=1, cross_attention_head_dim=4, cross_attention_dim=4,
+        caption_channels=4, sample_size=4, timestep_scale=scale,
     )  # fmt: skip
 
 
