@@ -84,7 +84,8 @@ class Latents:
         if len(images) != len(ids):
             raise ValueError(f"Latents: ids must hold one id an image ({len(images)}), got {describe(ids)}")
         names = [str(index) for index in range(len(ids))] if names is None else names
-        return torch.cat([self._encode(image[None], *query) for image, *query in zip(images, ids, names, strict=True)])
+        queries = zip(images, ids, names, strict=True)
+        return torch.cat([self._encode(image[None], number, name) for image, number, name in queries])
 
     def to_dict(self) -> dict[str, Any]:
         """What latents depend on, as JSON values."""
