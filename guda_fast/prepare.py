@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from guda_fast.datasets.queries import QuerySet, QuerySource, load_queries
 from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion import FlowSchedule, Protocol, Schedule
 from guda_fast.diffusion.flow import is_flow
+from guda_fast.diffusion.flow_networks import check_network
 from guda_fast.errors import PrecisionError
 from guda_fast.forward import PLANS, POLICIES, SAFE_COSINE, Engine, Precision, fastest_first, policy
 
@@ -116,7 +116,8 @@ def _checked(asked: Asked, bank: DeltaBank, protocol: Protocol, how: Execution) 
     query_set = _load(asked, bank.model)
     bank.survey()
     if asked.latents is not None:  # last, because it takes longest
-        query_set = replace(query_set, x0=asked.latents.encode(query_set.x0, query_set.ids))
+        x0 = asked.latents.encode(query_set.x0, query_set.ids, query_set.distinct_names)
+        query_set = replace(query_set, x0=x0)
     return device, query_set
 
 
@@ -203,11 +204,17 @@ def _check_device(device: torch.device | str | None) -> torch.device:
 
 
 def _check_schedule(bank: DeltaBank, protocol: Protocol) -> None:
-    if bank.scheduler is None:
-        return
     used = protocol.schedule
-    if isinstance(used, FlowSchedule) or is_flow(bank.scheduler):
-        _check_flow(bank, used)
+    if bank.scheduler is not None and isinstance(used, FlowSchedule) != is_flow(bank.scheduler):
+        raise ValueError(
+            f"attribute: protocol must have the schedule of the bank's {bank.scheduler.get('_class_name')}, got a "
+            f"{type(used).__name__}"
+        )
+    if isinstance(used, FlowSchedule):
+        # A flow's model knows every noise level, so that any grid of them will do.
+        check_network(bank.model, used, bank.scheduler)
+        return
+    if bank.scheduler is None:
         return
     trained = Schedule.from_scheduler(bank.scheduler)
     if trained.prediction_type != used.prediction_type:
@@ -219,25 +226,6 @@ def _check_schedule(bank: DeltaBank, protocol: Protocol) -> None:
         raise ValueError(
             f"attribute: protocol must have the bank's noise schedule ({len(trained)} timesteps, alpha_bar down to "
             f"{trained.alpha_bar[-1]:.3g}), got {len(used)} timesteps down to {used.alpha_bar[-1]:.3g}"
-        )
-
-
-# Networks that multiply their timestep by 1000 themselves.
-_UNIT_TIME = ("AuraFlowTransformer2DModel",)
-
-
-def _check_flow(bank: DeltaBank, used: Schedule | FlowSchedule) -> None:
-    """A flow's model knows every noise level, so that any grid of them will do."""
-    trained: Mapping[str, Any] = bank.scheduler or {}
-    if not (isinstance(used, FlowSchedule) and is_flow(trained)):
-        raise ValueError(
-            f"attribute: protocol must have the schedule of the bank's {trained.get('_class_name')}, got a "
-            f"{type(used).__name__}"
-        )
-    if type(bank.model).__name__ in _UNIT_TIME and used.timestep_scale != 1:
-        raise ValueError(
-            f"attribute: protocol must have a FlowSchedule with timestep_scale=1 for {type(bank.model).__name__}, got "
-            f"{used.timestep_scale:g}"
         )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DiTTransformer2DModel
 from PIL import Image
 
 import guda_fast as gf
@@ -22,9 +23,11 @@ from conditional import (
     conditions_of,
     loop_errors,
     prompted,
+    randomised,
     save_pipeline,
 )
 from guda_fast.diffusion import query_id
+from guda_fast.forward.conditions import flat
 from tiny import perturbed, tiny_unet
 
 SCHEDULER = DDPMScheduler(num_train_timesteps=100)
@@ -48,6 +51,13 @@ def bank_of(base: torch.nn.Module) -> gf.DeltaBank:
 def looped(base: torch.nn.Module, x0: torch.Tensor, ids: tuple[int, ...], conditions: gf.Conditions) -> np.ndarray:
     errors = [loop_errors(copy.deepcopy(m).double(), x0, ids, conditions, PROTOCOL).sum(1) for m in models_of(base)]
     return np.stack([error - errors[0] for error in errors[1:]], axis=1)
+
+
+def dit() -> torch.nn.Module:
+    return randomised(
+        DiTTransformer2DModel, num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=4, num_layers=1,
+        norm_num_groups=4, sample_size=8, patch_size=2, num_embeds_ada_norm=CLASSES,
+    )  # fmt: skip
 
 
 def close(found: np.ndarray, wanted: np.ndarray, scale: float | None = None) -> None:
@@ -113,6 +123,64 @@ def test_class_labels(latents) -> None:
         assert again.query_ids == found.query_ids
     with pytest.raises(ValueError, match=f"class label must be between 0 and {CLASSES - 1}, got {CLASSES}"):
         gf.attribute(latents, bank_of(base), PROTOCOL, conditions=[0, 1, 2, CLASSES])
+
+
+def test_the_label_of_no_class() -> None:
+    """DiT has a row more than classes, which it learns from labels that are dropped."""
+    base = dit()
+    x0 = torch.zeros(1, 4, 8, 8)
+    found = gf.attribute(x0, bank_of(base), PROTOCOL, conditions=[CLASSES])
+    labels = gf.Conditions({"class_labels": torch.tensor([CLASSES])}, torch.tensor([0]))
+    close(found.scores, looped(base, x0, found.query_ids, labels))
+    with pytest.raises(ValueError, match=f"class label must be between 0 and {CLASSES}, got {CLASSES + 1}"):
+        gf.attribute(x0, bank_of(base), PROTOCOL, conditions=[CLASSES + 1])
+
+
+@pytest.mark.parametrize("ids", [None, [5, 6, 7, 8]])
+def test_the_record_tells_tensors_with_the_same_keys_apart(latents, ids: list[int] | None) -> None:
+    bank, conditions = bank_of(MODELS["prompts"]()), conditions_of("prompts", [0, 1, 1, 2])
+    named = replace(conditions, keys=("a", "b", "c"))
+    found = gf.attribute(latents, bank, PROTOCOL, conditions=named, ids=ids)
+    order = torch.tensor([2, 0, 1])  # only another way to hold the same
+    same = gf.Conditions(named.take(order), torch.tensor([1, 2, 2, 0]), ("c", "a", "b"))
+    other = replace(named, tensors={"encoder_hidden_states": 2 * flat(named.tensors)["encoder_hidden_states"]})
+    for given, equal in ((same, True), (other, False)):
+        again = gf.attribute(latents, bank, PROTOCOL, conditions=given, ids=ids)
+        assert again.query_ids == found.query_ids and found.same_run(again.provenance, again.query_ids) == equal
+    if ids is not None:
+        labelled = bank_of(MODELS["classes"]())
+        runs = [
+            gf.attribute(latents, labelled, PROTOCOL, conditions=labels, ids=ids)
+            for labels in ([1, 2, 3, 0], [1, 2, 3, 1])
+        ]
+        assert not runs[0].same_run(runs[1].provenance, runs[1].query_ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["prompts", "classes"])
+def test_compiled_code_reads_the_conditions_of_each_batch(latents, network: str) -> None:
+    """In batches of 3, so that one has several conditions and the last is padded."""
+    base, conditions = MODELS[network](), conditions_of(network, [0, 1, 1, 2])
+    bank = bank_of(base)
+    found = gf.attribute(latents, bank, PROTOCOL, conditions=conditions, compiled=True, plan="swap", batch_size=3)
+    close(found.scores, looped(base, latents, found.query_ids, conditions))
+
+
+class Unnamed(torch.nn.Module):
+    """Calls its timestep otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, return_dict: bool = True) -> tuple[torch.Tensor]:
+        return (self.factor * x,)
+
+
+def test_a_forward_without_a_timestep_by_name(latents) -> None:
+    bank = gf.DeltaBank.load(Unnamed(), {"g": Unnamed()}, scheduler=SCHEDULER)
+    with pytest.raises(ValueError, match=r"takes timestep and return_dict by name, .*Unnamed.forward\(x, t, return_"):
+        gf.attribute(latents, bank, PROTOCOL)
 
 
 def test_an_image_under_another_condition_is_another_query(latents) -> None:

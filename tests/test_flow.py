@@ -8,11 +8,20 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import AuraFlowTransformer2DModel, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import (
+    AuraFlowTransformer2DModel,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Lumina2Transformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from torch import nn
 
 import guda_fast as gf
 from conditional import loop_errors, randomised
+from guda_fast.diffusion import flow_networks
+from guda_fast.diffusion.flow_networks import check_network
 from tiny import Scaled, perturbed
 
 SCHEDULER = FlowMatchEulerDiscreteScheduler(num_train_timesteps=100, shift=3.0)
@@ -133,11 +142,77 @@ def test_a_transformer_that_takes_s_itself() -> None:
     np.testing.assert_allclose(result.scores[:, 0], (errors[1] - errors[0]).sum(1), rtol=1e-5)
 
 
+def sana(scale: float) -> nn.Module:
+    return randomised(
+        SanaTransformer2DModel, in_channels=4, out_channels=4, num_attention_heads=1, attention_head_dim=4,
+        num_layers=1, num_cross_attention_heads=1, cross_attention_head_dim=4, cross_attention_dim=4,
+        caption_channels=4, sample_size=4, timestep_scale=scale,
+    )  # fmt: skip
+
+
+def lumina() -> nn.Module:
+    return randomised(
+        Lumina2Transformer2DModel, sample_size=8, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1,
+        num_attention_heads=1, num_kv_heads=1, multiple_of=8, axes_dim_rope=(8, 8, 8), axes_lens=(8, 8, 8),
+        cap_feat_dim=8,
+    )  # fmt: skip
+
+
+def test_what_a_network_takes_as_its_timestep() -> None:
+    """T s, s, or T s times its own factor, with T of the bank's scheduler or else of the schedule's."""
+    make = gf.FlowSchedule.from_scheduler
+    plain, level, coarse = make(SCHEDULER), make(SCHEDULER, timestep_scale=1.0), np.linspace(0, 1, 11)
+    assert (plain.timestep_scale, plain.model_scale, level.model_scale) == (None, 100, 1)
+    assert plain.to_dict()["timestep_scale"] == 100
+    own = {**SCHEDULER.config}
+    for scheduler in (own, None):
+        check_network(sd3(), plain, scheduler)
+        check_network(sana(1.0), plain, scheduler)
+        with pytest.raises(ValueError, match="with timestep_scale=100 for SD3Transformer2DModel, got 1$"):
+            check_network(sd3(), level, scheduler)
+        with pytest.raises(ValueError, match="with timestep_scale=0.1 for SanaTransformer2DModel, got 100"):
+            check_network(sana(0.001), plain, scheduler)
+    # A grid of one's own does not say how many steps there were.
+    check_network(sd3(), gf.FlowSchedule(coarse), None)
+    check_network(sd3(), gf.FlowSchedule(coarse, timestep_scale=100), own)
+    check_network(sd3(), gf.FlowSchedule(coarse, timestep_scale=100), None)
+    with pytest.raises(ValueError, match="with timestep_scale=100 for SD3Transformer2DModel, got 1000"):
+        check_network(sd3(), gf.FlowSchedule(coarse), own)
+    derived = type("Fine", (SD3Transformer2DModel,), {}).from_config(sd3().config)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="with timestep_scale=100 for SD3Transformer2DModel, got 1$"):
+        check_network(derived, level, own)
+    # Sign and shift are not a matter of scale.
+    for schedule in (plain, level):
+        with pytest.raises(ValueError, match="Lumina2Transformer2DModel, which predicts x0 - eps at 1 - s"):
+            check_network(lumina(), schedule, own)
+
+
+def test_the_table_names_classes_of_diffusers() -> None:
+    """A class that was renamed would be taken for an unknown one."""
+    import diffusers
+
+    missing = [name for name in flow_networks._KNOWN if not hasattr(diffusers, name)]
+    assert not missing
+
+
+@pytest.mark.parametrize("scheduler", [SCHEDULER, None])
+def test_networks_are_checked_with_and_without_a_scheduler(scheduler: object) -> None:
+    x0 = torch.zeros(1, 4, 8, 8)
+    plain = gf.Protocol.from_scheduler(SCHEDULER, start=5, stride=60)
+    bank = gf.DeltaBank.load(lumina(), {"g": perturbed(lumina(), 0.02, 1)}, scheduler=scheduler)
+    with pytest.raises(ValueError, match="must hold a model that takes .* got Lumina2Transformer2DModel, which"):
+        gf.attribute(x0, bank, plain)
+    bank = gf.DeltaBank.load(Scaled(0.0), {"half": Scaled(0.5)}, scheduler=scheduler)
+    with pytest.raises(ValueError, match="timestep_scale for Scaled, which is unknown, got none; .* 100 where it"):
+        gf.attribute(x0, bank, plain)
+
+
 def test_closed_form_score() -> None:
     """A model that predicts f x_s: its error is a quadratic in x0 and the noise."""
     x0 = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4)
     bank = gf.DeltaBank.load(Scaled(0.0), {"half": Scaled(0.5)}, scheduler=SCHEDULER)
-    protocol = gf.Protocol.from_scheduler(SCHEDULER, start=50, stride=100)
+    schedule = gf.FlowSchedule.from_scheduler(SCHEDULER, timestep_scale=100)
+    protocol = gf.Protocol.from_scheduler(schedule, start=50, stride=100)
     result = gf.attribute(x0, bank, protocol, ids=[9])
     index = (torch.tensor([9]), torch.tensor([50]), torch.tensor([0]))
     eps = gf.reference.standard_normals(*index, 16, seed=42)[0].double().numpy()  # type: ignore[attr-defined]
@@ -160,6 +235,9 @@ def test_errors(tmp_path) -> None:
         make(DDPMScheduler())
     with pytest.raises(ValueError, match="shift must be finite and at least"):
         make(SCHEDULER, shift=0.0)
+    for scale in (0, 0.0, -1.0, np.nan):
+        with pytest.raises(ValueError, match="timestep_scale must be finite and at least"):
+            make(SCHEDULER, timestep_scale=scale)
     for sigmas in ([0.0, 1.0], [0.0, 0.5, 0.5, 1.0], [0.1, 0.5, 1.0], [[0.0, 0.5, 1.0]]):
         with pytest.raises(ValueError, match="sigmas must rise from 0 to 1 in at least two steps"):
             gf.FlowSchedule(np.array(sigmas))

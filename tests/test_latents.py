@@ -66,6 +66,23 @@ def test_folders_and_modules_are_the_same(tmp_path, images) -> None:
     assert one.to_dict() == three.to_dict() != gf.Latents(tiny_vae(latent_channels=8)).to_dict()
 
 
+def test_the_record_tells_configurations_apart() -> None:
+    """The same weights under another factor give other latents."""
+    record = gf.Latents(tiny_vae()).to_dict()
+    for other in (tiny_vae(scaling_factor=1.7), tiny_vae(shift_factor=0.3)):
+        assert gf.Latents(other).to_dict() != record
+
+
+def test_a_latent_that_is_not_finite_is_named(images) -> None:
+    broken = images.clone()
+    broken[3] = torch.inf
+    latents = gf.Latents(tiny_vae())
+    with pytest.raises(FloatingPointError, match="latents must be finite, got NaN or infinity for query 3"):
+        latents.encode(broken, IDS)
+    with pytest.raises(FloatingPointError, match=r"for query dog\.png"):
+        latents.encode(broken, IDS, ["a", "b", "c", "dog.png", "e"])
+
+
 def test_what_does_not_fit(tmp_path, images) -> None:
     with pytest.raises(FileNotFoundError, match="must be a pipeline saved by diffusers, or its vae"):
         gf.Latents(tmp_path)

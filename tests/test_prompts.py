@@ -11,6 +11,7 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableD
 
 import guda_fast as gf
 from conditional import FEATURES, POOLED, WORDS, tiny_text_encoder, tiny_tokenizer
+from guda_fast.datasets import prompts as module
 from guda_fast.forward.conditions import flat
 
 PROMPTS = ["a cat", "dog", "a cat", ""]
@@ -62,7 +63,8 @@ def test_stable_diffusion(tmp_path) -> None:
         alone = text(["dog"]).tensors["encoder_hidden_states"]
         assert isinstance(alone, torch.Tensor) and torch.equal(alone[0], embedded[1])
     other = gf.TextEncoder(tiny_text_encoder(seed=1), tokenizer)(PROMPTS)
-    assert found.source == gf.TextEncoder(folder)(["a"]).source != other.source
+    assert found.source == gf.TextEncoder(folder)(PROMPTS).source != other.source
+    assert found.source["text_encoder"] == gf.TextEncoder(folder)(["a"]).source["text_encoder"]
 
 
 @torch.no_grad()
@@ -121,6 +123,51 @@ def test_what_is_cut_is_said() -> None:
     with pytest.warns(UserWarning, match="at most 9 tokens, the end is cut from 1 of them, as from 'abcdefgh'"):
         found = text(["abcdefgh", "a"])
     assert found.keys == ("abcdefgh", "a"), "the whole prompt is what the id covers"
+
+
+def test_the_record_tells_tokenizers_and_configurations_apart() -> None:
+    def source(**options: Any) -> Any:
+        tokenizer, encoder = tiny_tokenizer(), tiny_text_encoder()
+        tokenizer.model_max_length = options.get("tokens", WORDS)
+        tokenizer.padding_side = options.get("side", "right")
+        encoder.config.hidden_act = options.get("act", encoder.config.hidden_act)
+        return gf.TextEncoder(encoder, tokenizer)(["a", "b"]).source
+
+    plain = source()
+    assert plain == source()
+    for changed in ({"tokens": 5}, {"side": "left"}, {"act": "gelu"}):
+        assert source(**changed) != plain
+    text = gf.TextEncoder(tiny_text_encoder(), tiny_tokenizer())
+    assert text(["b", "a"]).source != plain, "the tokens of each query, in their order"
+
+
+def test_a_tokenizer_without_a_length_takes_what_its_encoder_takes(tmp_path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = int(1e30)
+    encoder = tiny_text_encoder()
+    wanted = flat(gf.TextEncoder(encoder, tiny_tokenizer())(["a"]).tensors)["encoder_hidden_states"]
+    folder = save(tmp_path, text_encoder=encoder, tokenizer=tokenizer)
+    for text in (gf.TextEncoder(encoder, tokenizer), gf.TextEncoder(folder, device="cpu")):
+        near(flat(text(["a"]).tensors)["encoder_hidden_states"], wanted)
+
+
+def test_more_prompts_than_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known from the first of them."""
+    text = gf.TextEncoder(tiny_text_encoder(), tiny_tokenizer())
+    a_prompt = WORDS * FEATURES * 4
+    monkeypatch.setattr(module, "free_bytes", lambda device: 2 * a_prompt)
+    assert text(["a", "b", "a"]).count == 2
+    embedded: list[str] = []
+    embed = text._embedded
+
+    def counted(prompt: str, sides: tuple[int, ...]) -> dict[str, Any]:
+        embedded.append(prompt)
+        return embed(prompt, sides)
+
+    monkeypatch.setattr(text, "_embedded", counted)
+    with pytest.raises(MemoryError, match="got 3 distinct ones of 0.0 MB each where .* score the queries in parts"):
+        text(["a", "b", "c"])
+    assert embedded == ["a"]
 
 
 def test_what_is_no_text_encoder(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,8 +36,8 @@ _FEATURES = {
     _PROMPT: ("encoder_hid_dim", "caption_channels", "cross_attention_dim", "joint_attention_dim"),
     _POOLED: ("pooled_projection_dim",),
 }
-_CLASSES = ("num_class_embeds", "num_embeds_ada_norm")
-_OWN = ("return_dict", "timestep")  # arguments that no condition may have
+_CLASSES = {"num_class_embeds": 0, "num_embeds_ada_norm": 1}  # and how many labels more: DiT has one for no class
+_OWN = ("timestep", "return_dict")  # arguments that no condition may have
 
 
 def load_conditions(given: ConditionSource | None, queries: int) -> Conditions:
@@ -57,7 +58,12 @@ def load_conditions(given: ConditionSource | None, queries: int) -> Conditions:
         found = _of_labels(given)
     if len(found) != queries:
         raise ValueError(f"{_WHERE}: conditions must be those of {queries} queries, got those of {len(found)}")
-    return found
+    if found.source or not found.tensors:
+        return found
+    # Ids of the caller's own, and keys, may stay the same where tensors do not.
+    digests = found.digests()
+    values = hashlib.blake2b(b"".join(digests[row] for row in found.row.tolist()), digest_size=16).hexdigest()
+    return replace(found, source={"values": values})
 
 
 def check_conditions(model: nn.Module, conditions: Conditions) -> None:
@@ -66,6 +72,7 @@ def check_conditions(model: nn.Module, conditions: Conditions) -> None:
     config = config if isinstance(config, Mapping) else {}
     kind, found = type(model).__name__, flat(conditions.tensors)
     taken = inspect.signature(model.forward).parameters
+    _check_forward(kind, taken)
     needed = {name: because for name, because in _needed(config).items() if name.partition(".")[0] in taken}
     missing = [f"{name} ({because})" for name, because in needed.items() if name not in found]
     if missing:
@@ -93,8 +100,20 @@ def _needed(config: Mapping[str, Any]) -> dict[str, str]:
     return needed | dict.fromkeys(_ADDED.get(kind or "", ()), f"addition_embed_type={kind}")
 
 
+def _check_forward(kind: str, parameters: Mapping[str, inspect.Parameter]) -> None:
+    if not (_any_name(parameters) or set(_OWN) <= set(parameters)):
+        raise ValueError(
+            f"{_WHERE}: bank must hold a model whose forward takes {' and '.join(_OWN)} by name, as those of diffusers "
+            f"do, got {kind}.forward({', '.join(parameters)})"
+        )
+
+
+def _any_name(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
 def _check_arguments(kind: str, parameters: Mapping[str, inspect.Parameter], tensors: Mapping[str, Given]) -> None:
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+    if _any_name(parameters):
         return
     first = next(iter(parameters))
     for name in tensors:
@@ -113,7 +132,7 @@ def _check_values(config: Mapping[str, Any], found: Mapping[str, Tensor]) -> Non
     for name, size in features.items():
         if name in found and isinstance(size, int) and found[name].shape[-1] != size:
             raise ValueError(f"{_WHERE}: conditions must have {name} with {size} features, got {describe(found[name])}")
-    classes = next((config[key] for key in _CLASSES if isinstance(config.get(key), int)), None)
+    classes = next((config[key] + more for key, more in _CLASSES.items() if isinstance(config.get(key), int)), None)
     labels = found.get(_LABELS)
     if labels is not None and classes is not None and not labels.is_floating_point():
         check_int(_WHERE, "class label", int(labels.min()), 0, classes - 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from guda_fast._validate import check_choice, check_int, describe
-from guda_fast.datasets.encoders import component, frozen, weights_hash
+from guda_fast.datasets.encoders import component, frozen, networks_hash
 from guda_fast.diffusion.protocol import MAX_INDEX
 from guda_fast.reference import standard_normals
 
@@ -73,15 +73,19 @@ class Latents:
         return int(2 ** (len(self._config.block_out_channels) - 1))
 
     @torch.no_grad()
-    def encode(self, images: Tensor, ids: Sequence[int]) -> Tensor:
+    def encode(self, images: Tensor, ids: Sequence[int], names: Sequence[str] | None = None) -> Tensor:
         """The latents of images.
 
         images: pixels in [-1, 1] [(N, C, H, W), float32]. ids: of the queries, for the noise of "sample" [N].
-        Returns latents [(N, c, H / factor, W / factor), float32, on the CPU].
+        names: of the queries, for messages [N; their positions by default].
+        Returns latents [(N, c, H / factor, W / factor), float32, on the CPU]. Raises FloatingPointError naming the
+        query whose latent has NaN or infinity, as of a VAE in half precision.
         """
         if len(images) != len(ids):
             raise ValueError(f"Latents: ids must hold one id an image ({len(images)}), got {describe(ids)}")
-        return torch.cat([self._encode(image[None], number) for image, number in zip(images, ids, strict=True)])
+        names = [str(index) for index in range(len(ids))] if names is None else names
+        queries = zip(images, ids, names, strict=True)
+        return torch.cat([self._encode(image[None], number, name) for image, number, name in queries])
 
     def to_dict(self) -> dict[str, Any]:
         """What latents depend on, as JSON values."""
@@ -90,9 +94,9 @@ class Latents:
 
     @cached_property
     def _hash(self) -> str:
-        return weights_hash(self._vae)
+        return networks_hash(self._vae)
 
-    def _encode(self, image: Tensor, number: int) -> Tensor:
+    def _encode(self, image: Tensor, number: int, name: str) -> Tensor:
         vae: Any = self._vae
         like = next(self._vae.parameters())
         posterior = getattr(vae.encode(image.to(like.device, like.dtype)), "latent_dist", None)
@@ -105,6 +109,8 @@ class Latents:
             eps = standard_normals(query, counter, counter, z.numel(), seed=self.seed)
             z = z + posterior.std.float().cpu() * eps.view(z.shape)
         scaled: Tensor = (z - (self._config.get("shift_factor") or 0.0)) * self._config.scaling_factor
+        if not scaled.isfinite().all():
+            raise FloatingPointError(f"Latents: latents must be finite, got NaN or infinity for query {name}")
         return scaled
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from torch import nn
 
 from guda_fast._validate import check_int, describe
-from guda_fast.datasets.encoders import component, frozen, read_config, weights_hash
-from guda_fast.forward.conditions import Conditions
+from guda_fast.datasets.encoders import component, frozen, networks_hash, read_config
+from guda_fast.forward.batched_plan import free_bytes
+from guda_fast.forward.conditions import Conditions, flat, map_tensors
 
 _PLAIN, _PROJECTED, _T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
 _FAMILIES = {
@@ -34,10 +36,14 @@ class _Encoder:
     tokenizer: Any
     tokens: int
 
-    def __call__(self, prompt: str) -> Any:
-        padded = self.tokenizer(
+    def tokenized(self, prompt: str) -> Any:
+        """What the encoder sees of a prompt."""
+        return self.tokenizer(
             prompt, padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
         )
+
+    def __call__(self, prompt: str) -> Any:
+        padded = self.tokenized(prompt)
         device = next(self.model.parameters()).device
         config: Any = self.model.config
         mask = padded.attention_mask.to(device) if getattr(config, "use_attention_mask", False) else None
@@ -77,7 +83,7 @@ class TextEncoder:
         if isinstance(folder, nn.Module):
             if tokenizer is None:
                 raise TypeError("TextEncoder: tokenizer must be given with a text encoder in memory, got None")
-            self._encoders = [_Encoder(folder, tokenizer, int(tokenizer.model_max_length))]
+            self._encoders = [_Encoder(folder, tokenizer, _most_tokens(folder, tokenizer))]
         elif tokenizer is not None:
             raise TypeError("TextEncoder: tokenizer must be None where folder is a path, which holds it")
         else:
@@ -116,15 +122,25 @@ class TextEncoder:
         self._warn(distinct)
         number = {prompt: row for row, prompt in enumerate(distinct)}
         row = torch.tensor([number[prompt] for prompt in prompts], dtype=torch.int64)
-        tensors = _joined([self._embedded(prompt, sides) for prompt in distinct])
-        source: dict[str, Any] = {"text_encoder": self._hash}
+        tensors = _joined((self._embedded(prompt, sides) for prompt in distinct), len(distinct))
+        source: dict[str, Any] = {"text_encoder": self._hash, "tokens": self._tokens_hash(prompts)}
         if sides:
             source["size"] = list(sides)
         return Conditions(tensors, row, tuple(distinct), source)
 
     @cached_property
     def _hash(self) -> str:
-        return weights_hash(*(encoder.model for encoder in self._encoders))
+        return networks_hash(*(encoder.model for encoder in self._encoders))
+
+    def _tokens_hash(self, prompts: Sequence[str]) -> str:
+        """Over all that tokenizers make of the prompts, whatever their vocabulary and rules."""
+        digest = hashlib.blake2b(digest_size=16)
+        for prompt in prompts:
+            for encoder in self._encoders:
+                padded = encoder.tokenized(prompt)
+                for part in (padded.input_ids, padded.attention_mask):
+                    digest.update(str(part.tolist()).encode())
+        return digest.hexdigest()
 
     def _warn(self, prompts: Sequence[str]) -> None:
         long = [prompt for prompt in prompts if any(encoder.cuts(prompt) for encoder in self._encoders)]
@@ -155,13 +171,26 @@ class TextEncoder:
         return {"encoder_hidden_states": torch.cat([wide, t5], dim=1), "pooled_projections": pooled}
 
 
-def _joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        name: _joined([row[name] for row in rows])
-        if isinstance(value, dict)
-        else torch.cat([row[name] for row in rows])
-        for name, value in rows[0].items()
-    }
+def _joined(rows: Iterable[dict[str, Any]], count: int) -> dict[str, Any]:
+    """The tensors of all rows, one after another into memory that is there before the second row is made."""
+    joined: dict[str, Any] = {}
+    for number, row in enumerate(rows):
+        if not number:
+            _check_memory(sum(tensor.nbytes for tensor in flat(row).values()), count)
+            joined = map_tensors(lambda tensor: tensor.new_empty((count, *tensor.shape[1:])), row)
+        into = flat(joined)
+        for name, tensor in flat(row).items():
+            into[name][number] = tensor[0]
+    return joined
+
+
+def _check_memory(bytes_a_prompt: int, count: int) -> None:
+    free = free_bytes(torch.device("cpu"))
+    if free is not None and count * bytes_a_prompt > free:
+        raise MemoryError(
+            f"TextEncoder: prompts must be so few that their embeddings fit into memory, got {count} distinct ones of "
+            f"{bytes_a_prompt / 1e6:.1f} MB each where {free / 1e9:.1f} GB are free; score the queries in parts"
+        )
 
 
 def _load(folder: Path, device: torch.device | str | None) -> list[_Encoder]:
@@ -189,5 +218,11 @@ def _load(folder: Path, device: torch.device | str | None) -> list[_Encoder]:
         tokenizer_class: Any = transformers.AutoTokenizer
         model = frozen(model_class.from_pretrained(path, local_files_only=True), device)
         tokenizer = tokenizer_class.from_pretrained(tokens, local_files_only=True)
-        found.append(_Encoder(model, tokenizer, _T5_TOKENS if kind == _T5 else int(tokenizer.model_max_length)))
+        found.append(_Encoder(model, tokenizer, _T5_TOKENS if kind == _T5 else _most_tokens(model, tokenizer)))
     return found
+
+
+def _most_tokens(model: nn.Module, tokenizer: Any) -> int:
+    """How many tokens an encoder takes; a tokenizer whose configuration does not say so gives some 1e30."""
+    most = int(tokenizer.model_max_length)
+    return min(most, int(getattr(getattr(model, "config", None), "max_position_embeddings", most)))

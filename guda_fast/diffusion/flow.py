@@ -26,9 +26,10 @@ class FlowSchedule:
     level of t is t / T, shifted.
 
     sigmas: the noise levels [(T + 1,), float64, rising from 0 to 1].
-    timestep_scale: the model takes timestep_scale s as its timestep, in float32: what the scheduler was trained with
-        for models such as SD3Transformer2DModel; 1 for those that take s itself, as AuraFlow [> 0].
-    config: the scheduler configuration this came from, kept for the record.
+    timestep_scale: the model takes timestep_scale s as its timestep, in float32: T for models such as
+        SD3Transformer2DModel, 1 for those that take s itself, as AuraFlow; None is the T of ``config``, 1000 without,
+        and good for models that are known to take that [> 0].
+    config: the scheduler configuration this came from.
 
     Raises TypeError or ValueError naming the argument. Source: Lipman et al. 2023; Esser et al. 2024.
 
@@ -37,13 +38,14 @@ class FlowSchedule:
     """
 
     sigmas: FloatArray
-    timestep_scale: float = 1000.0
+    timestep_scale: float | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
     prediction_type: ClassVar[str] = "flow"
 
     def __post_init__(self) -> None:
-        check_real("FlowSchedule", "timestep_scale", self.timestep_scale, _LEAST)
+        if self.timestep_scale is not None:
+            check_real("FlowSchedule", "timestep_scale", self.timestep_scale, _LEAST)
         sigmas = np.array(self.sigmas, dtype=np.float64)
         rises = sigmas.ndim == 1 and sigmas.size >= 3 and sigmas[0] == 0 and sigmas[-1] == 1
         if not (rises and (np.diff(sigmas) > 0).all()):
@@ -65,13 +67,13 @@ class FlowSchedule:
 
         scheduler: a FlowMatchEulerDiscreteScheduler, its configuration, or a path; see ``Schedule.from_scheduler``.
         shift: s becomes shift s / (1 + (shift - 1) s) [> 0; the scheduler's by default; needed where it shifts by the
-            size of the image]. timestep_scale: see the class [T by default].
+            size of the image]. timestep_scale: see the class.
 
         Raises TypeError or ValueError naming the argument, FileNotFoundError for a missing file.
         """
         config = _config(scheduler)
         check_choice("FlowSchedule", "scheduler", config.get("_class_name"), _SCHEDULERS)
-        steps = check_int("FlowSchedule", "num_train_timesteps", config.get("num_train_timesteps", 1000), 2)
+        steps = steps_of(config)
         if config.get("invert_sigmas"):
             raise ValueError("FlowSchedule: scheduler must have noise levels that rise with t, got invert_sigmas")
         if shift is None:
@@ -83,11 +85,16 @@ class FlowSchedule:
             shift = config.get("shift", 1.0)
         shift = check_real("FlowSchedule", "shift", shift, _LEAST)
         plain = np.arange(steps + 1) / steps
-        return cls(shift * plain / (1 + (shift - 1) * plain), float(timestep_scale or steps), config)
+        return cls(shift * plain / (1 + (shift - 1) * plain), timestep_scale, config)
 
     def __len__(self) -> int:
         """The number of timesteps T."""
         return len(self.sigmas) - 1
+
+    @property
+    def model_scale(self) -> float:
+        """What s is multiplied by for the model: timestep_scale, or what stands for None."""
+        return float(steps_of(self.config) if self.timestep_scale is None else self.timestep_scale)
 
     def scales(self, timesteps: Sequence[int] | IntArray) -> tuple[FloatArray, FloatArray]:
         """1 - s and s: the factors of x0 and eps in x_s [(D,), float64 each]."""
@@ -100,8 +107,8 @@ class FlowSchedule:
         return -ones, ones
 
     def model_timesteps(self, timesteps: Sequence[int] | IntArray) -> Float32Array:
-        """What the model takes as its timestep: timestep_scale s [(D,), float32]."""
-        found: Float32Array = (self.timestep_scale * self.sigmas[self.check_timesteps(timesteps)]).astype(np.float32)
+        """What the model takes as its timestep: model_scale s [(D,), float32]."""
+        found: Float32Array = (self.model_scale * self.sigmas[self.check_timesteps(timesteps)]).astype(np.float32)
         return found
 
     def weights(self, weighting: str | Sequence[float], timesteps: Sequence[int] | IntArray) -> FloatArray:
@@ -149,8 +156,13 @@ class FlowSchedule:
         return {
             "prediction_type": self.prediction_type,
             "sigmas": digest,
-            "timestep_scale": self.timestep_scale,
+            "timestep_scale": self.model_scale,
         }
+
+
+def steps_of(config: Mapping[str, Any]) -> int:
+    """How many steps a scheduler's configuration says that its model was trained with."""
+    return check_int("FlowSchedule", "num_train_timesteps", config.get("num_train_timesteps", 1000), 2)
 
 
 def is_flow(scheduler: Scheduler | Mapping[str, Any] | str | Path) -> bool:

@@ -77,7 +77,7 @@ class BatchedPlan:
 def _check_memory(bank: DeltaBank) -> None:
     """Raise BatchedUnavailableError where all groups' parameters, and a rehearsal in float64, might not fit."""
     place = next(bank.model.parameters())
-    free = _free_bytes(place.device)
+    free = free_bytes(place.device)
     changed = sum(survey.values for survey in bank.survey().values()) * place.dtype.itemsize
     rehearsal = 4 * 8 * sum(parameter.numel() for parameter in bank.model.parameters())
     if free is not None and changed + rehearsal > free // 2:
@@ -87,7 +87,7 @@ def _check_memory(bank: DeltaBank) -> None:
         )
 
 
-def _free_bytes(device: torch.device) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
     """Memory that can be had, None where nothing tells."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

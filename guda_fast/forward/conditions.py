@@ -25,7 +25,7 @@ class Conditions:
     row: which condition each query has [(N,), int64, on the CPU, 0..U-1]
     keys: what stands for each condition in query ids: its prompt, class label, or a digest of its tensors [U, distinct;
         None to let ``attribute`` make digests]
-    source: what the tensors were made by, as JSON values, for the record
+    source: what the tensors were made by and of, as JSON values, for the record [a digest of them by default]
 
     Floating tensors are cast to the dtype of a run's forwards; integers, as of ``class_labels`` or SDXL's
     ``time_ids``, and booleans stay as they are. Raises TypeError or ValueError naming the argument.
