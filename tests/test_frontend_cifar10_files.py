@@ -102,8 +102,8 @@ def test_a_cache_of_something_else_is_refused(options, tmp_path) -> None:
     before = cache.read_bytes()
     for changed, message in (
         (["--seed", "7"], "key 'seed' must be 7, found 42"),
-        (["--max_t", "40"], "key 'timesteps' must be 4 from 40 to 10, found 5 from 50 to 10"),
-        (["--batch", "4"], r"noise_of in key 'config' must be \[4, 'cpu'\], found \[3, 'cpu'\]"),
+        (["--max_t", "40"], r"key 'timesteps' must have shape \(4,\) .* found int64 of shape \(5,\)"),
+        (["--batch", "4"], r"noise_of in key 'config' must be \[4, '\w+'\], found \[3, '\w+'\]"),
         (["--noise", "contract"], "noise in key 'config' must be contract, found reference"),
         (["--precision", "fp64"], "precision in key 'config' must be fp64, found fp32"),
     ):
@@ -145,7 +145,10 @@ def test_wrong_options_are_named(options, models, images, tmp_path, capsys) -> N
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--max_t", "9"], "--min_t and --max_t: must leave a multiple of 10, got 1 and 9"),
         (["--out_csv", "scores"], "--out_csv: must end in .csv, got 'scores'"),
-        (["--output_dir", str(images / "image_0000.png")], "--output_dir: must be a folder that can be written"),
+        (
+            ["--output_dir", str(images / "image_0000.png")],
+            "--output_dir: must be a path that can be written, found File exists",
+        ),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             cifar10.main([*options, *changed])
