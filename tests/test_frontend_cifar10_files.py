@@ -110,24 +110,6 @@ def test_a_cache_of_something_else_is_refused(options, tmp_path) -> None:
         with pytest.raises(gf.CheckpointError, match=f"cache.npz: {message}"):
             cifar10.main([*options, *changed])
     assert cache.read_bytes() == before
-    with np.load(cache) as file:
-        content = {key: file[key] for key in file.files}
-    for key, value, message in (
-        ("kl_base", content["kl_base"] * np.nan, "key 'kl_base' must be finite"),
-        ("kl_base", content["kl_base"][:, 1:], r"key 'kl_base' must have shape \(7, 5\), found \(7, 4\)"),
-        ("image_paths", content["image_paths"][::-1], "key 'image_paths' must name 7 from image_0000.png"),
-        ("seed", np.zeros(2), "key 'seed' must have 0 dimensions of kind"),
-    ):
-        np.savez(cache, **{**content, key: value})
-        with pytest.raises(gf.CheckpointError, match=f"cache.npz: {message}"):
-            cifar10.main(options)
-    np.savez(cache, **{key: value for key, value in content.items() if key != "seed"})
-    with pytest.raises(gf.CheckpointError, match="key 'seed' must be there, found kl_base, image_paths"):
-        cifar10.main(options)
-    for damaged in (before[: len(before) // 2], b"", b"no zip"):
-        cache.write_bytes(damaged)
-        with pytest.raises(gf.CheckpointError, match="cache.npz: must be a whole .npz file, found a damaged one"):
-            cifar10.main(options)
 
 
 def test_wrong_options_are_named(options, models, images, tmp_path, capsys) -> None:

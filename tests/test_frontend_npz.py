@@ -85,7 +85,7 @@ def test_a_scripts_file_is_refused_below_fp32(cache: BaseCache, precision: str) 
         ("kl_base", header("<f4", (2, 3)), "must be a whole array, found other than the 24 bytes of its header"),
         ("kl_base", header("<f4", (2, 3)) + bytes(25), "must be a whole array, found other than the 24 bytes"),
         ("kl_base", header("|V2000000000", (2, 3)), r"must have shape \(2, 3\) and kind f, found \|V2000000000"),
-        ("image_paths", header("<U400000000", (2,)), r"must have shape \(2,\) and kind U of 4096 characters at most, found <U400000000"),
+        ("image_paths", header("<U400000000", (2,)), "must have .* kind U of 4096 characters at most, found <U400000000"),
         ("timesteps", header("<i8", (10**12,)), r"must have shape \(3,\) and kind i or u"),
         ("seed", b"\x93NUMPY\x09\x00" + bytes(100), r"must be a whole array, found version \(9, 0\)"),
         ("seed", b"\x93NUMPY\x01\x00\xff\xff" + b"[" * 65535, "must be a whole array, found Header info length"),
@@ -144,3 +144,27 @@ def test_damage_anywhere_is_an_error_of_ours_or_seen_in_no_value(cache: BaseCach
         else:
             assert np.array_equal(errors, ERRORS)
     assert refused > 100
+
+
+def test_what_is_wrong_is_named(cache: BaseCache) -> None:
+    content = of_the_script()
+    for key, value, message in (
+        ("kl_base", ERRORS * np.nan, "key 'kl_base' must be finite"),
+        ("kl_base", ERRORS[:, 1:], r"key 'kl_base' must have shape \(2, 3\) and kind f, found float64 of shape \(2, 2"),
+        ("image_paths", np.array(NAMES[::-1]), "key 'image_paths' must name .*; noise depends on which images share"),
+        ("image_paths", np.array([{}, {}]), r"key 'image_paths' must have shape \(2,\) and kind U, found object"),
+        ("timesteps", np.array([30, 20, 11]), r"key 'timesteps' must be \[30, 20, 10\], found \[30, 20, 11\]"),
+        ("seed", np.zeros(2), r"key 'seed' must have shape \(\) and kind i or u, found float64"),
+        ("seed", 41, "key 'seed' must be 42, found 41"),
+    ):
+        np.savez(cache.path, **{**content, key: value})
+        with pytest.raises(gf.CheckpointError, match=f"cache.npz: {message}"):
+            cache.read()
+    np.savez(cache.path, **{key: value for key, value in content.items() if key != "seed"})
+    with pytest.raises(gf.CheckpointError, match="key 'seed' must be there, found kl_base, image_paths"):
+        cache.read()
+    whole = cache.path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"no zip"):
+        cache.path.write_bytes(damaged)
+        with pytest.raises(gf.CheckpointError, match="cache.npz: must be a whole .npz file, found a damaged one"):
+            cache.read()
