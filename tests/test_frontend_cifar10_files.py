@@ -45,7 +45,7 @@ def test_a_cache_is_written_and_then_read(options, tmp_path, monkeypatch) -> Non
         assert file["timesteps"].tolist() == [50, 40, 30, 20, 10] and file["seed"] == 42
         assert [Path(path).name for path in file["image_paths"]] == [f"image_{i:04d}.png" for i in range(IMAGES)]
         config = json.loads(str(file["config"]))
-        assert (config["noise"], config["device"], config["torch"]) == ("reference", "cpu", torch.__version__)
+        assert (config["noise"], config["device"], config["torch"]) == ("reference", "cpu", str(torch.__version__))
     models_run: list[int] = []
     errors = gf.forward.Engine.errors
     monkeypatch.setattr(

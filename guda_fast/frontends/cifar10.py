@@ -248,7 +248,7 @@ def _cache(
         "noise_of": noise_of,
         # Scores are small differences of errors, in which the rounding of one place cancels.
         "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else engine.device.type,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "base_hash": engine.bank.base_hash,
         "images": ids,
         "precision": engine.precision.name,
