@@ -40,5 +40,9 @@ def test_a_frontend_that_disagrees_is_not_timed(monkeypatch: pytest.MonkeyPatch)
     ours = files.ours
     # Contract noise where the script's is promised.
     monkeypatch.setattr(files, "ours", lambda name, *options, last: ours(name, last=last))
-    with pytest.raises(RuntimeError, match="the frontend must give the script's scores, got a difference of"):
+    with pytest.raises(RuntimeError, match="must give the scores in reference noise, got a difference of"):
+        frontends.check_scores(files)
+    # The script's noise where the contract's is promised.
+    monkeypatch.setattr(files, "ours", lambda name, *options, last: ours(name, "--noise", "reference", last=last))
+    with pytest.raises(RuntimeError, match="must give the scores in contract noise, got a difference of"):
         frontends.check_scores(files)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import guda_fast as gf
 from cifar_cases import BATCH, IMAGES, LOW, images, models, one_thread, rows_of, unlearned
 from guda_fast.frontends import cifar10
+from guda_fast.frontends.base_cache import BaseCache
 from reference_scorers import cifar10 as reference
 from tiny import perturbed, tiny_unet
 
@@ -34,7 +36,7 @@ def scores_of(path: Path) -> np.ndarray:
 
 
 def test_a_cache_is_written_and_then_read(options, tmp_path, monkeypatch) -> None:
-    cache = tmp_path / "cache.npz"
+    cache = tmp_path / "new/cache.npz"
     options = [*options, "--base_elbo_cache", str(cache)]
     cifar10.main(options)
     first = scores_of(tmp_path / "delta_elbo_unlearned.csv")
@@ -42,7 +44,8 @@ def test_a_cache_is_written_and_then_read(options, tmp_path, monkeypatch) -> Non
         assert file["kl_base"].shape == (IMAGES, 5) and file["kl_base"].dtype == np.float32
         assert file["timesteps"].tolist() == [50, 40, 30, 20, 10] and file["seed"] == 42
         assert [Path(path).name for path in file["image_paths"]] == [f"image_{i:04d}.png" for i in range(IMAGES)]
-        assert json.loads(str(file["config"]))["noise"] == "reference"
+        config = json.loads(str(file["config"]))
+        assert (config["noise"], config["device"], config["torch"]) == ("reference", "cpu", str(torch.__version__))
     models_run: list[int] = []
     errors = gf.forward.Engine.errors
     monkeypatch.setattr(
@@ -56,6 +59,40 @@ def test_a_cache_is_written_and_then_read(options, tmp_path, monkeypatch) -> Non
     with np.load(cache) as file:
         rounding = 5 * 6e-8 * np.abs(file["kl_base"]).max()
     np.testing.assert_allclose(scores_of(tmp_path / "again.csv"), first, atol=rounding, rtol=1e-6)
+    # A generator that gives other values, as that of another device does.
+    monkeypatch.setattr(cifar10, "batch_seed", lambda first, seed: 1)
+    with pytest.raises(gf.CheckpointError, match=r"cache.npz: noise_of in key 'config' must be \[3, '"):
+        cifar10.main(options)
+
+
+def test_a_cache_that_cannot_be_written_does_not_cost_the_scores(options, tmp_path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(BaseCache, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        cifar10.main([*options, "--base_elbo_cache", str(tmp_path / "cache.npz")])
+    assert np.isfinite(scores_of(tmp_path / "delta_elbo_unlearned.csv")).all()
+    assert (tmp_path / "delta_elbo_unlearned_sorted.csv").is_file()
+
+
+def test_places_to_write_are_tried_before_models_are_read(options, images, monkeypatch) -> None:
+    monkeypatch.setattr(gf.DeltaBank, "load", lambda *_: pytest.fail("too late"))
+    place = images / "image_0000.png"
+    with pytest.raises(OSError, match="--output_dir: must be a path that can be written, found File exists"):
+        cifar10.main([*options, "--output_dir", str(place)])
+    with pytest.raises(OSError, match="--base_elbo_cache: must be a path that can be written, found File exists"):
+        cifar10.main([*options, "--base_elbo_cache", str(place / "cache.npz")])
+
+
+def test_an_epoch_in_single_class_mode_is_a_sub_folder(models, options) -> None:
+    model = models / "unlearned/unlearn_class_4"
+    for given in (model, model / "latest"):
+        words = [*options, "--ckpt_unlearned", str(given), "--ckpt_epoch", "latest"]
+        assert cifar10.find_models(cifar10.parser().parse_args(words)).groups == {"4": model / "latest"}
+    parsed = cifar10.parser().parse_args([*options, "--ckpt_epoch", "epoch_9"])
+    with pytest.raises(FileNotFoundError, match="unlearn_class_4/latest/epoch_9: must be the folder of the unlearned"):
+        cifar10.find_models(parsed)
 
 
 def test_a_cache_of_the_scripts_writer_is_read_where_its_noise_is_ours(options, models, images, tmp_path) -> None:
@@ -87,7 +124,9 @@ def test_a_pickle_in_a_cache_is_never_run(options, models, images, tmp_path, mon
     cifar10.main([*options, "--base_elbo_cache", str(tmp_path / "cache.npz")])
     content["image_paths"] = np.array(Canary(), dtype=object)
     np.savez(tmp_path / "cache.npz", **content)
-    with pytest.raises(gf.CheckpointError, match="cache.npz: key 'image_paths' must be plain values"):
+    with pytest.raises(
+        gf.CheckpointError, match="cache.npz: key 'image_paths' must have shape .* and kind U, found object"
+    ):
         cifar10.main([*options, "--base_elbo_cache", str(tmp_path / "cache.npz")])
     assert not (tmp_path / "canary").exists()
     # As numpy itself would run it.
@@ -102,32 +141,14 @@ def test_a_cache_of_something_else_is_refused(options, tmp_path) -> None:
     before = cache.read_bytes()
     for changed, message in (
         (["--seed", "7"], "key 'seed' must be 7, found 42"),
-        (["--max_t", "40"], "key 'timesteps' must be 4 from 40 to 10, found 5 from 50 to 10"),
-        (["--batch", "4"], r"noise_of in key 'config' must be \[4, 'cpu'\], found \[3, 'cpu'\]"),
+        (["--max_t", "40"], r"key 'timesteps' must have shape \(4,\) .* found int64 of shape \(5,\)"),
+        (["--batch", "4"], r"noise_of in key 'config' must be \[4, '\w+'\], found \[3, '\w+'\]"),
         (["--noise", "contract"], "noise in key 'config' must be contract, found reference"),
         (["--precision", "fp64"], "precision in key 'config' must be fp64, found fp32"),
     ):
         with pytest.raises(gf.CheckpointError, match=f"cache.npz: {message}"):
             cifar10.main([*options, *changed])
     assert cache.read_bytes() == before
-    with np.load(cache) as file:
-        content = {key: file[key] for key in file.files}
-    for key, value, message in (
-        ("kl_base", content["kl_base"] * np.nan, "key 'kl_base' must be finite"),
-        ("kl_base", content["kl_base"][:, 1:], r"key 'kl_base' must have shape \(7, 5\), found \(7, 4\)"),
-        ("image_paths", content["image_paths"][::-1], "key 'image_paths' must name 7 from image_0000.png"),
-        ("seed", np.zeros(2), "key 'seed' must have 0 dimensions of kind"),
-    ):
-        np.savez(cache, **{**content, key: value})
-        with pytest.raises(gf.CheckpointError, match=f"cache.npz: {message}"):
-            cifar10.main(options)
-    np.savez(cache, **{key: value for key, value in content.items() if key != "seed"})
-    with pytest.raises(gf.CheckpointError, match="key 'seed' must be there, found kl_base, image_paths"):
-        cifar10.main(options)
-    for damaged in (before[: len(before) // 2], b"", b"no zip"):
-        cache.write_bytes(damaged)
-        with pytest.raises(gf.CheckpointError, match="cache.npz: must be a whole .npz file, found a damaged one"):
-            cifar10.main(options)
 
 
 def test_wrong_options_are_named(options, models, images, tmp_path, capsys) -> None:
@@ -145,7 +166,6 @@ def test_wrong_options_are_named(options, models, images, tmp_path, capsys) -> N
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--max_t", "9"], "--min_t and --max_t: must leave a multiple of 10, got 1 and 9"),
         (["--out_csv", "scores"], "--out_csv: must end in .csv, got 'scores'"),
-        (["--output_dir", str(images / "image_0000.png")], "--output_dir: must be a folder that can be written"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             cifar10.main([*options, *changed])

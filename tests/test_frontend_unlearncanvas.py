@@ -99,6 +99,22 @@ def test_contract_noise_is_attributes(folder, options, tmp_path) -> None:
     np.testing.assert_allclose(found.T, expected, rtol=0, atol=2e-4 * np.abs(expected).max())
 
 
+def test_sampled_latents_depend_on_the_image_alone(folder, options, monkeypatch) -> None:
+    """And not on its place, as reference noise does."""
+    made: list[torch.Tensor] = []
+
+    def queries(self: object, x0: torch.Tensor, *_: object, **__: object) -> None:
+        made.append(x0)
+        raise InterruptedError
+
+    monkeypatch.setattr(gf.forward.Engine, "queries", queries)
+    for noise in ("contract", "reference"):
+        with pytest.raises(InterruptedError):
+            unlearncanvas.main([*options, "--latents", "sample", "--noise", noise])
+    torch.testing.assert_close(*made, rtol=0, atol=0)
+    assert len(made[0]) == 2 * len(STYLES)
+
+
 def test_missing_models_are_errors_or_left_out(folder, options, tmp_path, capsys) -> None:
     (tmp_path / "models").mkdir()
     for style in STYLES[:2]:

@@ -75,7 +75,8 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not at the other ends of lines that Unicode knows, which JSON has within a text.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: must be a file of JSON lines in UTF-8, found {error}") from error
     for number, text in enumerate(lines, 1):

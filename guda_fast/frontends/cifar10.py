@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from guda_fast._validate import check_int
@@ -21,7 +22,14 @@ from guda_fast.forward import Engine
 from guda_fast.forward.noised import NoisedQueries
 from guda_fast.frontends.base_cache import BaseCache
 from guda_fast.frontends.cifar10_csv import CLASSES, with_zeros, write_scores, write_sorted
-from guda_fast.frontends.command import add_execution_options, execution, print_execution, run, without_missing
+from guda_fast.frontends.command import (
+    add_execution_options,
+    check_writable,
+    execution,
+    print_execution,
+    run,
+    without_missing,
+)
 from guda_fast.frontends.schedule import RoundedSchedule, scheduler_betas, script_protocol
 from guda_fast.frontends.scoring import ImageBatches, check_rows, falling, score_images
 from guda_fast.prepare import Prepared, prepare
@@ -112,6 +120,9 @@ def _single_model(options: argparse.Namespace, count: int) -> dict[str, Path]:
             f"got {options.ckpt_unlearned}"
         )
     path = Path(options.ckpt_unlearned)
+    # An epoch is a sub-folder, as everywhere, or the one that is named already.
+    if options.ckpt_epoch is not None and path.name != options.ckpt_epoch:
+        path = path / options.ckpt_epoch
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: must be the folder of the unlearned model, found no such folder")
     return {str(int(match[1])): path}
@@ -156,6 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     target = _target(options)
     models = find_models(options)
     paths = find_images(options.gen_dir)
+    writes_cache = options.base_elbo_cache is not None and not options.base_elbo_cache.exists()
+    check_writable({"--output_dir": target, **({"--base_elbo_cache": options.base_elbo_cache} if writes_cache else {})})
     bank = DeltaBank.load(models.base, models.groups)
     protocol = make_protocol(options, bank, models.base)
     config = getattr(bank.model, "config")  # noqa: B009 (torch.nn.Module has none)
@@ -164,15 +177,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Noise that depends on an image's place is not the same for its duplicates.
     ids = range(len(paths)) if replayed else images.query_ids
     prepared = prepare(images.x0[images.row], bank, protocol, execution(options, options.forward_batch), ids=ids)
-    scores = _score(options, prepared, images, paths, protocol)
+    scores, base_errors, cache = _score(options, prepared, images, paths)
     if options.single_class_mode:
         scores = with_zeros({int(next(iter(models.groups))): scores[:, 0]}, len(models.classes), len(paths))
     names = [str(path) for path in paths]
-    target.parent.mkdir(parents=True, exist_ok=True)
     by_score = write_scores(target, names, models.classes, scores)
     write_sorted(by_score, names, models.classes, scores, CLASSES[options.dataset])
     print_execution(prepared, prepared.engine.choices)
     print(f"{len(paths)} images x {len(models.classes)} classes -> {target}, {by_score}")
+    # After the scores: a cache that cannot be written must not cost them.
+    if writes_cache and cache is not None:
+        cache.write(base_errors)
 
 
 def _target(options: argparse.Namespace) -> Path:
@@ -181,16 +196,14 @@ def _target(options: argparse.Namespace) -> Path:
     if not name.endswith(".csv"):
         raise ValueError(f"--out_csv: must end in .csv, got {name!r}")
     target: Path = options.output_dir / name
-    existing = next(folder for folder in target.absolute().parents if folder.exists())
-    if not existing.is_dir() or target.is_dir():
-        raise NotADirectoryError(f"--output_dir: must be a folder that can be written, found {existing}")
     return target
 
 
 def _score(
-    options: argparse.Namespace, prepared: Prepared, images: QuerySet, paths: list[Path], protocol: Protocol
-) -> FloatArray:
-    """Scores of all images [(N, K), float64]; the base's errors from and to the cache."""
+    options: argparse.Namespace, prepared: Prepared, images: QuerySet, paths: list[Path]
+) -> tuple[FloatArray, FloatArray, BaseCache | None]:
+    """Scores of all images [(N, K), float64], the base's errors [(N, D), float64], and the cache that these are from,
+    or that is to be written."""
     engine, distinct = prepared.engine, prepared.queries
     batches = ImageBatches(len(distinct.x0), options.batch)
     names = tuple(path.name for path in paths)
@@ -199,14 +212,12 @@ def _score(
     queries = engine.queries(distinct.x0, distinct.ids, own, noise=noise)
     cache = None
     if options.base_elbo_cache is not None:
-        cache = _cache(options, prepared, images, paths, protocol)
+        noise_of = NOISE_CONTRACT if noise is None else [options.batch, _noise_hash(noise, batches, queries.draws)]
+        cache = _cache(options, engine, images, paths, noise_of)
         if options.base_elbo_cache.exists():
             _take(cache, engine, queries, distinct)
-            cache = None
     scores: FloatArray = score_images(engine, queries, batches)[distinct.row]
-    if cache is not None:
-        cache.write(queries.base_errors[distinct.row])
-    return scores
+    return scores, queries.base_errors[distinct.row], cache
 
 
 def _seeded_noise(options: argparse.Namespace, engine: Engine, batches: ImageBatches, paths: list[Path]) -> NoiseSource:
@@ -216,24 +227,36 @@ def _seeded_noise(options: argparse.Namespace, engine: Engine, batches: ImageBat
     return SeededNoise(seeds, sizes, order=order, shape=engine.shape, device=engine.device)
 
 
+def _noise_hash(noise: NoiseSource, batches: ImageBatches, draws: int) -> str:
+    """A hash of what each batch's generator gives first: it is another one on another device or torch version."""
+    found = hashlib.blake2b(digest_size=16)
+    for batch in batches:
+        query = torch.arange(batch.start, batch.stop)
+        first = noise.noise(query, torch.full_like(query, falling(draws)[0]))
+        found.update(first.cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
 def _cache(
-    options: argparse.Namespace, prepared: Prepared, images: QuerySet, paths: list[Path], protocol: Protocol
+    options: argparse.Namespace, engine: Engine, images: QuerySet, paths: list[Path], noise_of: object
 ) -> BaseCache:
-    engine = prepared.engine
-    replayed = options.noise == "reference"
     ids = hashlib.blake2b(np.array(images.query_ids, dtype="<u8").tobytes(), digest_size=16).hexdigest()
     config = {
         "seed": options.seed,
         "noise": options.noise,
-        # What noise depends on besides: its contract, or the batches of images and the generator's device.
-        "noise_of": [options.batch, engine.device.type] if replayed else NOISE_CONTRACT,
+        # What noise depends on besides: its contract, or the batches of images and the generators' values.
+        "noise_of": noise_of,
+        # Scores are small differences of errors, in which the rounding of one place cancels.
+        "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else engine.device.type,
+        "torch": str(torch.__version__),
         "base_hash": engine.bank.base_hash,
         "images": ids,
         "precision": engine.precision.name,
-        "betas": protocol.to_dict()["betas"],
+        "betas": engine.protocol.to_dict()["betas"],
     }
     names = [path.name for path in paths]
-    return BaseCache(options.base_elbo_cache, names, [str(path) for path in paths], protocol.timesteps, config)
+    timesteps = engine.protocol.timesteps
+    return BaseCache(options.base_elbo_cache, names, [str(path) for path in paths], timesteps, config)
 
 
 def _take(cache: BaseCache, engine: Engine, queries: NoisedQueries, distinct: QuerySet) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from guda_fast.errors import BackendUnavailableError, BatchedUnavailableError
@@ -75,6 +78,24 @@ def without_missing(found: dict[str, Path], missing: dict[str, Path], skip: bool
     return found
 
 
+def check_writable(paths: Mapping[str, Path]) -> None:
+    """Find out before hours of scoring whether files can be written, and make their folders.
+
+    paths: of the files, by the option that names them
+    Raises OSError naming the option.
+    """
+    for option, path in paths.items():
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix="."):
+                pass
+        except OSError as error:
+            message = f"{option}: must be a path that can be written, found {error.strerror}"
+            raise OSError(error.errno, message, str(path)) from error
+
+
 def run(program: str, main: Callable[[], None]) -> None:
     """Run a command; what the user can mend is said in one line, anything else keeps its traceback."""
     try:
@@ -90,5 +111,5 @@ def run(program: str, main: Callable[[], None]) -> None:
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; nothing was written", file=sys.stderr)
+        print(f"{program}: interrupted; no file was left half written", file=sys.stderr)
         sys.exit(INTERRUPTED)

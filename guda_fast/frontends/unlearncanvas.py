@@ -6,16 +6,25 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from guda_fast._validate import check_int
 from guda_fast.datasets.latents import Latents
 from guda_fast.datasets.prompts import TextEncoder
+from guda_fast.datasets.queries import QuerySet
 from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion import GivenNoise, NoiseSource, Protocol
 from guda_fast.forward import Engine
-from guda_fast.frontends.command import add_execution_options, execution, print_execution, run, without_missing
+from guda_fast.frontends.command import (
+    add_execution_options,
+    check_writable,
+    execution,
+    print_execution,
+    run,
+    without_missing,
+)
 from guda_fast.frontends.schedule import RoundedSchedule, quotient_betas, script_protocol
 from guda_fast.frontends.scoring import ImageBatches, score_images
 from guda_fast.frontends.unlearncanvas_files import checkpoint, find_groups, find_images, prompts_of, write_scores
@@ -78,27 +87,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images = find_images(options.image_dir)
     prompts = prompts_of(images, options.eval_prompts_file)
     base, groups = _find_models(options)
+    check_writable({"--output_dir": target})
     scheduler = options.model / "scheduler" / "scheduler_config.json"
     if not scheduler.is_file():
         raise FileNotFoundError(f"--model: must hold the scheduler's configuration, found no file {scheduler}")
     bank = DeltaBank.load(_base_model(base, options.model), groups, scheduler=scheduler)
     protocol = _protocol(options, bank)
-    replayed = options.noise == "reference"
     prepared = prepare(
         [image.path for image in images],
         bank,
         protocol,
         execution(options, options.batch_size),
-        # Noise that depends on an image's place is not the same for its duplicates.
-        ids=range(len(images)) if replayed else None,
         conditions=TextEncoder(options.model, device=options.device)(prompts),
         latents=Latents(options.model, mode=options.latents, seed=options.seed, device=options.device),
     )
     engine, found = prepared.engine, prepared.queries
-    noise = _replayed_noise(options, engine, len(found.x0)) if replayed else None
+    noise = None
+    if options.noise == "reference":
+        found, noise = _by_place(found), _replayed_noise(options, engine, len(found))
     queries = engine.queries(found.x0, found.ids, found.distinct_names, conditions=found.conditions, noise=noise)
     scores = score_images(engine, queries, ImageBatches(len(found.x0), _IMAGES))[found.row]
-    target.parent.mkdir(parents=True, exist_ok=True)
     column = "una_score" if options.logo_dir is None else "logoa_score"
     write_scores(target, column, options.image_dir, images, dict(zip(bank.groups, scores.T, strict=True)))
     print_execution(prepared, engine.choices)
@@ -108,9 +116,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _target(options: argparse.Namespace) -> Path:
     default = "una_retrack_scores.csv" if options.logo_dir is None else "logoa_scores.csv"
     target: Path = options.output_dir / (options.output_filename or default)
-    existing = next(folder for folder in target.absolute().parents if folder.exists())
-    if not existing.is_dir() or target.is_dir():
-        raise NotADirectoryError(f"--output_dir: must be a folder that can be written, found {existing}")
     return target
 
 
@@ -152,6 +157,12 @@ def _protocol(options: argparse.Namespace, bank: DeltaBank) -> Protocol:
     timesteps = list(range(options.min_timestep, options.max_timestep + 1, options.timestep_stride))
     betas = quotient_betas(schedule, timesteps)
     return script_protocol(schedule, timesteps, betas, seed=options.seed, samples=options.num_noise_samples)
+
+
+def _by_place(found: QuerySet) -> QuerySet:
+    """Every image for itself, where noise is another at another place; latents stay those of the image's content."""
+    row, place = torch.from_numpy(found.row), range(len(found))
+    return QuerySet(found.x0[row], tuple(place), found.names, np.arange(len(found)), found.conditions[row])
 
 
 def _replayed_noise(options: argparse.Namespace, engine: Engine, images: int) -> NoiseSource:

@@ -48,8 +48,9 @@ def prompts_of(images: Sequence[StyledImage], file: Path) -> list[str]:
 
     Raises FileNotFoundError, or ValueError naming the file with the line that is damaged or the image without prompt.
     """
-    prompts: dict[tuple[str, str], str] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    prompts: dict[tuple[str, str], tuple[str, int]] = {}
+    # Not at the other ends of lines that Unicode knows, which JSON has within a text.
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -61,14 +62,19 @@ def prompts_of(images: Sequence[StyledImage], file: Path) -> list[str]:
             ) from error
         if not all(isinstance(value, str) for value in values):
             raise ValueError(f"{file}: line {number} must have text as style, object and prompt, found {line[:80]!r}")
-        prompts[_key(values[0], values[1])] = values[2]
+        prompt, first = prompts.setdefault(_key(values[0], values[1]), (values[2], number))
+        if prompt != values[2]:
+            raise ValueError(
+                f"{file}: lines {first} and {number} must have the same prompt, as both are of style {values[0]!r} "
+                f"and object {values[1]!r}, found {prompt!r} and {values[2]!r}"
+            )
     for image in images:
         if _key(image.style, image.object) not in prompts:
             raise ValueError(
                 f"{file}: must have the prompt of {image.path}, found none of style {image.style!r} and object "
                 f"{image.object!r}"
             )
-    return [prompts[_key(image.style, image.object)] for image in images]
+    return [prompts[_key(image.style, image.object)][0] for image in images]
 
 
 def _key(style: str, thing: str) -> tuple[str, str]:
@@ -76,9 +82,15 @@ def _key(style: str, thing: str) -> tuple[str, str]:
 
 
 def checkpoint(folder: Path, step: int) -> Path | None:
-    """The checkpoint of a step in a run's folder, or None: a folder as diffusers saves it, or a ``.pt`` file."""
+    """The checkpoint of a step in a run's folder, or None: a folder as diffusers saves it, or a ``.pt`` file.
+
+    Raises ValueError naming them where there are several.
+    """
     names = (f"checkpoint_step_{step}", f"checkpoint-{step}", f"checkpoint_step_{step}.pt")
-    return next((folder / name for name in names if (folder / name).exists()), None)
+    found = [name for name in names if (folder / name).exists()]
+    if len(found) > 1:
+        raise ValueError(f"{folder}: must hold one checkpoint of step {step}, found {' and '.join(found)}")
+    return folder / found[0] if found else None
 
 
 def find_groups(parent: Path, step: int, styles: Sequence[str] | None) -> tuple[dict[str, Path], dict[str, Path]]:
