@@ -130,7 +130,7 @@ def _reference() -> object:
 
 def scores_case(dtype: torch.dtype, quick: bool) -> Case:
     """Everyone on one job, with the frontend in one precision and both kinds of noise."""
-    files = Files(Job(network="tiny", images=3, last=20) if quick else Job())
+    files = Files(Job(network="tiny", images=3, last=100) if quick else Job())
     own = ["--precision", "bf16", "--allow_lossy"] if dtype == torch.bfloat16 else []
     rival = _contender("plain script, float32", partial(files.script, "script"))
     contenders = [
@@ -165,7 +165,7 @@ def check_scores(files: Files, precision: str = "fp32") -> None:
     those of `attribute` in the case's precision, of which the same is rounded: below float32 they agree as closely as
     the audit of a precision asks.
     """
-    last = min(50, files.job.last)
+    last = min(100, files.job.last)
     bound = WEIGHTS if precision == "fp32" else LARGEST_ERROR
     for noise, used, expected, tolerance in (
         ("reference", "fp32", _scores(files.script("expected", last=last)), TOLERANCE),

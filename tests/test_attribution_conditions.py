@@ -171,7 +171,7 @@ class Unnamed(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.factor = torch.nn.Parameter(torch.ones(()))
+        self.factor = torch.nn.Parameter(torch.rand(()))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, return_dict: bool = True) -> tuple[torch.Tensor]:
         return (self.factor * x,)

@@ -324,6 +324,7 @@ class Holder(nn.Module):
         self.unet = unet()
 
 
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match")
 @pytest.mark.parametrize("pattern", [r"^unet\.mid_block\..*to_q", r"^mid_block\..*to_q", "to_q"])
 @pytest.mark.parametrize("base", [Holder, unet])
 def test_patterns_are_for_the_names_in_the_file(tmp_path: Path, base: Callable[[], nn.Module], pattern: str) -> None:

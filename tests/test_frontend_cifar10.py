@@ -17,8 +17,11 @@ __all__ = ["images", "models", "one_thread"]
 TOLERANCE = 5e-4  # of the largest score: what the design grants a script's posterior means in float32
 
 
-def check_same(found: Path, expected: Path) -> None:
-    """The same rows in the same order, scores within the tolerance, and the same ranks where it decides them."""
+def check_same(found: Path, expected: Path, at_least: float = 1) -> None:
+    """The same rows in the same order, scores within the tolerance, and the same ranks where it decides them.
+
+    at_least: how many ranks it must decide an image, in the mean
+    """
     ours, theirs = rows_of(found), rows_of(expected)
     assert [row[:2] for row in ours] == [row[:2] for row in theirs]
     wanted = np.array([float(row[2]) for row in theirs[1:]])
@@ -37,8 +40,7 @@ def check_same(found: Path, expected: Path) -> None:
             if gap > 2 * (atol + 1e-4) and (rank == 0 or scores[rank - 1] - scores[rank] > 2 * (atol + 1e-4)):
                 assert mine[1 + 3 * rank : 3 + 3 * rank] == other[1 + 3 * rank : 3 + 3 * rank]
                 decided += 1
-    # One an image, in the mean.
-    assert decided >= len(theirs) - 1
+    assert decided >= at_least * (len(theirs) - 1)
 
 
 def test_the_reference_mode_gives_the_scripts_csv(models, images, tmp_path) -> None:
@@ -80,7 +82,7 @@ def test_single_class_mode_takes_one_model_and_writes_zeros(models, images, tmp_
     scorer = reference.Scorer(models / "base", timesteps=4000, max_t=50)
     paths = reference.find_images(images)
     reference.write_tables(tmp_path / "wanted.csv", paths, scorer.scores(paths, {7: model}, batch=BATCH))
-    check_same(tmp_path / "delta_elbo_unlearned.csv", tmp_path / "wanted.csv")
+    check_same(tmp_path / "delta_elbo_unlearned.csv", tmp_path / "wanted.csv", at_least=0.5)  # nine classes have zeros
     rows = rows_of(tmp_path / "delta_elbo_unlearned.csv")[1:]
     assert {row[1] for row in rows if row[2] != "0.0"} == {"7"}
 
