@@ -295,7 +295,7 @@ def test_no_more_files_can_be_open(base: Net, path: Path) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert messages[0].startswith(f"{path}: cannot be opened: Too many open files") and not messages[-1]
-    assert messages[1].startswith(f"{path}: cannot be read: ") and "Too many open files" in messages[1]
+    assert all(message.startswith(f"{path}: cannot be ") for message in messages if message)
 
 
 def test_a_file_system_without_links(base: Net, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
