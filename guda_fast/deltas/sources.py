@@ -91,8 +91,10 @@ def resolved(source: SourceLike, name: str) -> tuple[Given, Source]:
     if isinstance(what, Delta) and (how.format, how.weights, how.scale, how.variant) != (None, "raw", 1, None):
         raise ValueError(f"DeltaBank.load: {name}: a Delta leaves no choice of format, weights, scale or variant")
     if not isinstance(what, Mapping | torch.nn.Module | Delta | Pack):
-        kinds = "a path, a state dict, a torch.nn.Module, a Delta or a Pack"
-        raise TypeError(f"DeltaBank.load: {name} must give {kinds}, got {describe(what)}")
+        raise TypeError(
+            f"DeltaBank.load: {name} must give a path, a state dict, a torch.nn.Module, a Delta or a Pack, "
+            f"got {describe(what)}"
+        )
     return what, how
 
 
