@@ -312,16 +312,16 @@ def test_a_base_of_another_configuration_is_refused(tmp_path: Path) -> None:
     """Whose weights are the same; a setting that a pack does not know must have its default."""
     base = tiny_unet()
     pack = build_pack(base, {"g": perturbed(base)}, tmp_path / "bank")
-    for key, value in (("norm_num_groups", 2), ("sample_size", 64)):
+    for key, value in (("norm_num_groups", 2), ("sample_size", 64), ("flip_sin_to_cos", False)):
         other = type(base).from_config({**base.config, key: value})
         other.load_state_dict(base.state_dict())
         with pytest.raises(CheckpointError, match=f"^{pack.path}: key 'base.config': '{key}' must be {value} as in"):
             DeltaBank.load(other, pack)
         with pytest.raises(CheckpointError, match="key 'base.config'"):
             append_pack(pack.path, {"h": Delta({"conv_in.bias": Dense(normal(*base.conv_in.bias.shape))})}, base=other)
-    edit(pack.path, lambda header: header["base"]["config"].pop("sample_size"))
+    edit(pack.path, lambda header: header["base"]["config"].pop("flip_sin_to_cos"))
     DeltaBank.load(base, pack.path)
-    with pytest.raises(CheckpointError, match="'sample_size' must be 64 as in the base, found None"):
+    with pytest.raises(CheckpointError, match="'flip_sin_to_cos' must be False as in the base, found True"):
         DeltaBank.load(other, pack.path)
     edit(pack.path, lambda header: header["base"].pop("config"))
     DeltaBank.load(other, pack.path)
