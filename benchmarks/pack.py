@@ -29,7 +29,7 @@ class _Files:
         saved = self.workload.save(folder)[1:]
         self.sources = {f"group {k}": saved[k % KEPT] for k in range(groups)}
         self.pack = folder / "bank.safetensors"
-        build_pack(self.workload.base, self.sources, self.pack, dtype=dtype)
+        build_pack(self.workload.base, self.sources, self.pack, dtype=dtype, force=True)
 
     def from_folders(self) -> DeltaBank:
         return DeltaBank.load(self.workload.base, self.sources)

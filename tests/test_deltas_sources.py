@@ -76,7 +76,9 @@ def test_callables_are_called_when_the_bank_is_loaded(
 
 
 def test_callables_must_give_something_that_opens(base: torch.nn.Module) -> None:
-    with pytest.raises(TypeError, match=r"counterfactuals\['g'\] must give a path, .* or a Delta, got 3 \(int\)"):
+    with pytest.raises(
+        TypeError, match=r"counterfactuals\['g'\] must give a path, .* a Delta or a Pack, got 3 \(int\)"
+    ):
         DeltaBank.load(base, {"g": lambda: 3})  # type: ignore[dict-item, return-value]
     with pytest.raises(CheckpointError, match="^nowhere: no such file or folder"):
         DeltaBank.load(base, {"g": lambda: "nowhere"})

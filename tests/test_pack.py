@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 
-from guda_fast import DeltaBank, Pack, Source, build_pack
-from guda_fast.deltas import Delta, Dense, LowRank
+from guda_fast import DeltaBank, Pack, Source, append_pack, build_pack
+from guda_fast.deltas import Delta, Dense, LowRank, pack_folder
+from guda_fast.deltas.pack_format import Rounding
 from guda_fast.deltas.survey import survey
 from guda_fast.errors import CheckpointError
-from pack_cases import Net, changed, deltas, factors, net, normal
+from pack_cases import Net, changed, deltas, edit, factors, net, normal
 from tiny import perturbed, tiny_unet
 
 
@@ -187,7 +189,7 @@ def test_stored_is_the_narrowest_dtype_that_loses_nothing(base: Net, tmp_path: P
         "norm.bias:dense.float64",
     }
     assert pack.delta("g").hash == DeltaBank.load(base, {"g": given}).delta_hashes["g"]
-    narrow = build_pack(base, {"g": given}, tmp_path / "bank")
+    narrow = build_pack(base, {"g": given}, tmp_path / "narrow")
     assert dict(narrow.parts("g"))["norm.bias"].dtype == torch.float32
     assert 0 < narrow["g"].rounding.relative_error < 2**-24
 
@@ -274,6 +276,115 @@ def test_a_pack_of_one_group_is_a_source_like_others(base: Net, tmp_path: Path) 
     assert bank.delta_hashes["mine"] == DeltaBank.load(base, {"x": given["rank 1"]}).delta_hashes["x"]
     with pytest.raises(CheckpointError, match=r"all: must hold one group to be counterfactuals\['g'\], found 5"):
         DeltaBank.load(base, {"g": tmp_path / "all"})
+    pack = Pack.open(tmp_path / "one")
+    ways = {
+        "named": Source(tmp_path / "one", format="pack"),
+        "object": pack,
+        "source of an object": Source(pack, format="pack"),
+        "called": lambda: tmp_path / "one",
+        "called for an object": Source(lambda: pack),
+    }
+    assert set(DeltaBank.load(base, ways).delta_hashes.values()) == {pack["x"].survey.hash}
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"scale": -3.0}, "must be a LoRA for scale=-3, found format 'pack'"),
+        ({"weights": "ema"}, "must have a moving average for weights='ema', found format 'pack'"),
+        ({"variant": "fp16"}, "must be a diffusers folder for variant='fp16', found 'pack'"),
+        ({"format": "lora"}, "must be of format 'lora', found 'pack'"),
+    ],
+)
+def test_a_pack_leaves_no_choices(base: Net, tmp_path: Path, how: dict[str, Any], message: str) -> None:
+    pack = build_pack(base, {"x": deltas()["rank 1"]}, tmp_path / "one")
+    for what in (pack.path, pack, lambda: pack.path):
+        with pytest.raises(CheckpointError, match=f"^{pack.path}: {message}"):
+            DeltaBank.load(base, {"g": Source(what, **how)})
+
+
+def test_what_is_asked_for_as_a_pack_must_be_one(base: Net) -> None:
+    with pytest.raises(CheckpointError, match="must be of format 'pack', found 'state_dict'"):
+        DeltaBank.load(base, {"g": Source(changed(base, "scale", 1.0), format="pack")})
+
+
+def test_a_base_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    """Whose weights are the same; a setting that a pack does not know must have its default."""
+    base = tiny_unet()
+    pack = build_pack(base, {"g": perturbed(base)}, tmp_path / "bank")
+    for key, value in (("norm_num_groups", 2), ("sample_size", 64), ("flip_sin_to_cos", False)):
+        other = type(base)(**{k: v for k, v in base.config.items() if not k.startswith("_")} | {key: value})
+        other.load_state_dict(base.state_dict())
+        with pytest.raises(CheckpointError, match=f"^{pack.path}: key 'base.config': '{key}' must be {value} as in"):
+            DeltaBank.load(other, pack)
+        with pytest.raises(CheckpointError, match="key 'base.config'"):
+            append_pack(pack.path, {"h": Delta({"conv_in.bias": Dense(normal(*base.conv_in.bias.shape))})}, base=other)
+    edit(pack.path, lambda header: header["base"]["config"].pop("flip_sin_to_cos"))
+    DeltaBank.load(base, pack.path)
+    with pytest.raises(CheckpointError, match="'flip_sin_to_cos' must be False as in the base, found True"):
+        DeltaBank.load(other, pack.path)
+    edit(pack.path, lambda header: header["base"].pop("config"))
+    DeltaBank.load(other, pack.path)
+
+
+def test_repacking_keeps_what_is_known_of_the_sources(folders: Path, tmp_path: Path) -> None:
+    half = build_pack(folders / "base", {"a": folders / "a"}, tmp_path / "half", dtype="float16")
+    wide = build_pack(folders / "base", {"b": half.path}, tmp_path / "wide")
+    assert half["a"].rounding.relative_error > 0
+    for field in ("origin", "sources", "rounding"):
+        assert getattr(wide["b"], field) == getattr(half["a"], field)
+
+
+def test_rounding_twice_states_bounds(base: Net, tmp_path: Path) -> None:
+    """To float16, and then to factors of a lower rank, which a tolerance as large as this one accepts."""
+    true = normal(8, 3, 3, 3)
+    once = build_pack(base, {"g": Delta({"conv.weight": Dense(true)})}, tmp_path / "once", dtype="float16")
+    pack = build_pack(base, {"g": once.path}, tmp_path / "twice", rank="auto", tolerance=0.9)
+    assert pack["g"].survey.kind == "low-rank"
+    was, found = (each.double().flatten() for each in (true, pack.delta("g").parts["conv.weight"].full(true.shape)))
+    error, rounding = float((found - was).norm() / was.norm()), pack["g"].rounding
+    assert 0.1 < error <= rounding.relative_error < error + 2 * 2**-11
+    assert 0 < rounding.cosine <= float(found @ was / found.norm() / was.norm())
+    exact = Rounding(1.0, 0.0)
+    assert exact.then(rounding) == rounding.then(exact) == rounding
+    assert Rounding(-0.5, 2.0).then(Rounding(-0.9, 1.0)) == Rounding(-1.0, 5.0)
+
+
+def test_only_packs_are_replaced_and_on_request_only(base: Net, folders: Path, tmp_path: Path) -> None:
+    one = build_pack(base, {"x": deltas()["rank 1"]}, tmp_path / "one")
+    other = tmp_path / "other"
+    other.write_bytes(content := (folders / "a" / "diffusion_pytorch_model.safetensors").read_bytes())
+    with pytest.raises(FileExistsError, match=f"path must not exist, got {one.path}; pass force=True"):
+        build_pack(base, deltas(), one.path)
+    with pytest.raises(FileExistsError, match=f"path must be free, or that of a delta pack, got {other}"):
+        build_pack(base, deltas(), other, force=True)
+    with pytest.raises(FileExistsError, match=f"path must not be read for group 'g' too, got {one.path}"):
+        build_pack(base, {"g": one.path}, one.path, force=True)
+    assert other.read_bytes() == content and Pack.open(one.path).groups == ("x",)
+    assert build_pack(base, deltas(), one.path, force=True).groups == tuple(deltas())
+
+
+def test_a_file_that_comes_while_a_pack_is_built_is_not_replaced(base: Net, tmp_path: Path) -> None:
+    path = tmp_path / "bank"
+    with pytest.raises(FileExistsError, match="path must not exist"):
+        build_pack(base, deltas(), path, progress=lambda done, total: path.write_text("mine"))
+    assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_headers_that_are_too_long_are_noticed_on_the_way(
+    base: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, append: bool
+) -> None:
+    first = build_pack(base, {"x": deltas()["rank 1"]}, tmp_path / "bank").path
+    monkeypatch.setattr(pack_folder, "MAX_HEADER", 1200)
+    read: list[int] = []
+    with pytest.raises(ValueError, match=f"^{'append' if append else 'build'}_pack: the header must have at most 1200"):
+        if append:
+            append_pack(first, deltas(), base=base, progress=lambda done, total: read.append(done))
+        else:
+            build_pack(base, deltas(), tmp_path / "other", progress=lambda done, total: read.append(done))
+    assert 1 <= len(read) < len(deltas()) - 1
+    assert list(tmp_path.iterdir()) == [first]
 
 
 def test_identical_groups(base: Net, tmp_path: Path) -> None:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import resource
 import shutil
+import stat
+import subprocess
+import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from guda_fast import DeltaBank, Pack, append_pack, build_pack
-from guda_fast.deltas import Delta, pack_writer
+from guda_fast.deltas import Delta, pack_folder, pack_writer
+from guda_fast.deltas.pack_format import IndexEntry
 from guda_fast.errors import CheckpointError
-from pack_cases import Net, changed, deltas, net
+from pack_cases import Net, changed, deltas, net, refusal
 from tiny import perturbed, tiny_unet
 
 GROUPS = tuple(deltas())
@@ -61,6 +69,7 @@ def test_appending_writes_nothing_again(base: Net, path: Path) -> None:
 def test_a_pack_that_is_open_is_not_disturbed(base: Net, path: Path) -> None:
     bank = DeltaBank.load(base, path)
     append_pack(path, some(2), base=base)
+    append_pack(path, some(3), base=base)
     expected = DeltaBank.load(base, some(0, 1))
     for group in bank.groups:
         assert torch.equal(bank.apply(group).conv.weight, expected.apply(group).conv.weight)
@@ -156,6 +165,137 @@ def test_groups_added_at_the_same_time(base: Net, path: Path, monkeypatch: pytes
         append_pack(path, some(3), base=base)
     assert Pack.open(path).groups == GROUPS[:3]
     assert {*path.parent.iterdir()} == {path, *Pack.open(path).files}
+
+
+def test_equal_groups_added_at_the_same_time(base: Net, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both write the same bytes, under names of their own: who comes last takes away only what it wrote."""
+    add = pack_writer.add_to_index
+
+    def late(*arguments: Any) -> None:
+        monkeypatch.setattr(pack_writer, "add_to_index", add)
+        append_pack(path, some(2), base=base)
+        add(*arguments)
+
+    monkeypatch.setattr(pack_writer, "add_to_index", late)
+    with pytest.raises(CheckpointError, match="was changed while groups were added to it; add them again"):
+        append_pack(path, some(2), base=base)
+    pack = Pack.open(path)
+    assert pack.groups == GROUPS[:3] and {*path.parent.iterdir()} == {path, *pack.files}
+    for group in pack.groups:
+        pack.verify(group)
+
+
+def test_equal_groups_added_by_two_processes(base: Net, path: Path) -> None:
+    torch.save(base.state_dict(), path.parent / "base")
+    program = """
+import sys, torch
+from pack_cases import deltas, net
+from guda_fast import append_pack
+base = net()
+base.load_state_dict(torch.load(sys.argv[2], weights_only=True))
+print("ready", flush=True)
+sys.stdin.readline()
+append_pack(sys.argv[1], {"rank 1": deltas()["rank 1"]}, base=base)
+"""
+    command = [sys.executable, "-c", program, str(path), str(path.parent / "base")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    both = [subprocess.Popen(command, text=True, cwd=Path(__file__).parent, **pipes) for _ in range(2)]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    errors = [process.communicate()[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1], errors
+    assert any("was changed while groups" in error or "must not hold group" in error for error in errors), errors
+    pack = Pack.open(path)
+    assert pack.groups == (*GROUPS[:2], "rank 1")
+    for group in pack.groups:
+        pack.verify(group)
+
+
+@pytest.mark.parametrize("groups", ["bank.safetensors", Path("bank.safetensors"), None, ["a"]])
+def test_only_a_mapping_is_added(base: Net, path: Path, groups: Any) -> None:
+    """The path of a pack would be taken for a bank whose groups nobody compared with the pack's."""
+    other = build_pack(base, some(0), path.parent / "other")
+    for given in (groups, other, other.path):
+        with pytest.raises(TypeError, match="append_pack: counterfactuals must be a mapping of group names, got"):
+            append_pack(path, given, base=base)
+    assert {*path.parent.iterdir()} == {path, other.path}
+
+
+def test_what_cannot_be_opened_never_becomes_the_index(base: Net, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = path.read_bytes()
+    entry = pack_folder.IndexEntry
+
+    def wrong(file: str, size: int, hash_: str) -> IndexEntry:
+        return entry(file, size + 1, hash_)
+
+    monkeypatch.setattr(pack_writer, "IndexEntry", wrong)
+    with pytest.raises(CheckpointError, match="must be the file that"):
+        append_pack(path, some(2), base=base)
+    assert path.read_bytes() == content
+    assert {file.name for file in path.parent.iterdir()} == {path.name, f"bank.{Pack.open(path).hash}.safetensors"}
+
+
+def test_building_waits_for_an_append(base: Net, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the moment when the index is compared and that when it is written."""
+    publish, started = pack_folder.publish, threading.Event()
+    build = threading.Thread(target=lambda: (started.set(), build_pack(base, some(0), path, force=True)))
+
+    def slow(target: Path, content: Any) -> None:
+        if target == path:
+            build.start()
+            started.wait()
+            build.join(1.0)
+            assert build.is_alive() and Pack.open(path).groups == GROUPS[:2]
+        publish(target, content)
+
+    monkeypatch.setattr(pack_folder, "publish", slow)
+    append_pack(path, some(2), base=base)
+    build.join()
+    assert Pack.open(path).groups == GROUPS[:1]
+    assert not [file for file in path.parent.iterdir() if file.name.endswith(".lock")]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks(base: Net, path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def no_locks(descriptor: int, how: int) -> None:
+        assert stat.S_ISREG(os.fstat(descriptor).st_mode)  # folders cannot be locked over NFS
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="Input/output error"):
+            append_pack(path, some(2), base=base)
+    else:
+        assert append_pack(path, some(2), base=base).groups == GROUPS[:3]
+
+
+def test_no_file_stays_open(base: Net, path: Path) -> None:
+    for k in range(2, 5):
+        append_pack(path, some(k), base=base)
+    before = len(os.listdir("/proc/self/fd"))
+    bank = DeltaBank.load(base, path)
+    for group in bank.groups:
+        bank.apply(group)
+        next(iter(bank.deltas[0].parts.values()))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_no_more_files_can_be_open(base: Net, path: Path) -> None:
+    """At whichever of the files that opening takes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    first, messages = os.open(path, os.O_RDONLY), []
+    os.close(first)
+    for more in range(4):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first + more, hard))
+        try:
+            messages.append(refusal(lambda: Pack.open(path)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert messages[0].startswith(f"{path}: cannot be opened: Too many open files") and not messages[-1]
+    assert all(message.startswith(f"{path}: cannot be ") for message in messages if message)
 
 
 def test_a_file_system_without_links(base: Net, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

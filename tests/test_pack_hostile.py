@@ -88,11 +88,17 @@ def test_truncated_files(path: Path, length: int) -> None:
 
 
 def test_a_file_that_is_cut_off_while_it_is_open(base: Net, path: Path) -> None:
-    bank = DeltaBank.load(base, path)
+    bank, parts = DeltaBank.load(base, path), Pack.open(path).parts("dense")
+    next(parts)
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(
         CheckpointError, match=f"{path}: key 'scale:dense.float32' cannot be read: the file was cut off"
     ):
+        next(parts)
+    with pytest.raises(CheckpointError, match=f"^{path}: is gone or has changed since it was opened"):
+        bank.apply("dense")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=f"^{path}: is gone or has changed since it was opened"):
         bank.apply("dense")
 
 
@@ -191,6 +197,10 @@ HUGE = 10**400
         (set_at("supports", 1, "conv.weight", to="low-rank.999999999.float32"), "up.999999999.float32' is missing"),
         (set_at("supports", to=7), "key 'supports' must be a list, found 7"),
         (set_at("base", "hash", to=""), "key 'base.hash' must be 32 hexadecimal digits"),
+        (set_at("base", "config", to=7), "key 'base.config' must be an object, found 7"),
+        (set_at("dtype", to="int8"), "key 'dtype' must be one of 'float32', 'float16', 'stored', found 'int8'"),
+        (set_at("rank", to="4"), "key 'rank' must be one of 'off', 'auto', found '4'"),
+        (set_at("tolerance", to=1), r"key 'tolerance' must be in \[0, 1\], found 1"),
         (set_at("tolerance", to="x"), r"key 'tolerance' must be in \[0, 1\], found 'x'"),
     ],
 )

@@ -26,7 +26,10 @@ _Groups = Annotated[
 _Dtype = Annotated[str, typer.Option(help="float32; float16, half the size; or stored, which loses nothing.")]
 _Rank = Annotated[str, typer.Option(help="off, or auto: store dense differences of low rank as factors.")]
 _Tolerance = Annotated[
-    float, typer.Option(help="For --rank auto: what of a parameter's difference the factors may miss, relative.")
+    float,
+    typer.Option(
+        help="For --rank auto: what of a parameter's difference the factors may miss before rounding, relative."
+    ),
 ]
 _LIKE = typer.Option(help="As for build; by default what the pack's last file has.")
 _LikeDtype = Annotated[str | None, _LIKE]
@@ -45,13 +48,11 @@ def build(
     rank: _Rank = "off",
     tolerance: _Tolerance = TOLERANCE,
     allow_identical: _Identical = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is at --out already.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a pack that is at --out already.")] = False,
 ) -> None:
     """Write the differences of unlearned models from BASE to one file."""
     from guda_fast import build_pack
 
-    if out.exists() and not force:
-        raise FileExistsError(f"--out: must not exist, found {out}; pass --force, or use guda-fast pack append")
     sources = all_sources(models, groups, "NAME=PATH")
     pack = build_pack(
         base,
@@ -61,6 +62,7 @@ def build(
         rank=rank,
         tolerance=tolerance,
         allow_identical=allow_identical,
+        force=force,
         progress=_progress,
     )
     _print_brief(pack)

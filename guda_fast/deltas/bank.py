@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, overload
 
@@ -17,9 +18,9 @@ from guda_fast.deltas.base import Base, open_base
 from guda_fast.deltas.delta import HASH_BYTES, Delta, Part
 from guda_fast.deltas.diff import FLOATING
 from guda_fast.deltas.groups import Group, HeldGroup, open_group
-from guda_fast.deltas.pack import Pack, PackGroup, pack_path
+from guda_fast.deltas.pack import Pack, PackGroup
 from guda_fast.deltas.resident import ResidentModel
-from guda_fast.deltas.sources import SourceLike, check_source
+from guda_fast.deltas.sources import SourceLike, check_source, opened_pack, resolved
 from guda_fast.deltas.staging import Staging, stages
 from guda_fast.deltas.survey import Survey, survey
 from guda_fast.errors import CheckpointError
@@ -72,8 +73,8 @@ class DeltaBank:
         base: a diffusers folder (flat, or with ``unet/`` or ``transformer/`` inside), or a module
         counterfactuals: for each group name, in the order of the result's columns, a diffusers folder, a
             state dict file (safetensors or torch), an adapter, a state dict, a module, a Delta, a callable that gives
-            one of these, a pack of one group, or a Source, which says how to read it [K >= 1 entries]; or a delta
-            pack or its path, for all groups of it
+            one of these, a Pack of one group or its path, or a Source, which says how to read it [K >= 1 entries];
+            or a delta pack or its path, for all groups of it
         scheduler: the noise scheduler's configuration, a diffusers scheduler, or a path; None takes
             ``scheduler_config.json`` from the base's folder, ``scheduler/`` in it, or beside it, if there is one
         allow_identical: accept a counterfactual that equals the base
@@ -110,6 +111,11 @@ class DeltaBank:
     def model(self) -> torch.nn.Module:
         """The resident model, in eval mode: the base, or the counterfactual that is applied."""
         return self._resident.model
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The base's complete configuration, or None for a module without one."""
+        return None if self._base.config is None else dict(self._base.config)
 
     @property
     def scheduler(self) -> dict[str, Any] | None:
@@ -302,21 +308,27 @@ class DeltaBank:
     def _add(self, counterfactuals: Mapping[str, SourceLike]) -> None:
         for group, source in counterfactuals.items():
             name = f"counterfactuals[{group!r}]"
-            if (path := pack_path(source)) is not None:
-                self._add_packed(pack := Pack.open(path), {group: pack.only_group(name)})
+            what, how = resolved(source, name)
+            if (pack := opened_pack(what, how)) is not None:
+                self._add_packed(pack, {group: pack.only_group(name)})
                 continue
-            opened = self._sources[group] = open_group(source, name, self._base, self._resident)
+            # What a callable gave, which is called once.
+            opened = self._sources[group] = open_group(replace(how, what=what), name, self._base, self._resident)
             if isinstance(opened, HeldGroup):
                 self.check_different(group, opened.names)
 
     def _add_packed(self, pack: Pack, names: Mapping[str, str]) -> None:
         """Add groups of a pack; names gives what the pack calls each."""
-        pack.check_base(self.weights_hash, self.origin)
+        self.check_owns(pack)
         pack.check_fits(self._resident.tensors)
         for group, name in names.items():
             opened = self._sources[group] = PackGroup(pack, name, self._resident)
             self.check_different(group, opened.survey.support)
             self._surveys[group] = opened.survey
+
+    def check_owns(self, pack: Pack) -> None:
+        """Raise CheckpointError where a pack belongs to another base."""
+        pack.check_base(self._base, self.weights_hash)
 
     def _support(self, group: str) -> Collection[str]:
         return self.survey(group).support

@@ -6,12 +6,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
+from typing import cast
 
 from guda_fast.deltas.base import Base
 from guda_fast.deltas.delta import Delta, Part
 from guda_fast.deltas.diff import differences, fitted, fitting
 from guda_fast.deltas.resident import ResidentModel
-from guda_fast.deltas.sources import SourceLike, open_source, resolved
+from guda_fast.deltas.sources import Openable, SourceLike, open_source, resolved
 from guda_fast.deltas.weights import Weights
 from guda_fast.errors import CheckpointError
 
@@ -143,7 +144,7 @@ Group = HeldGroup | FileGroup
 def open_group(source: SourceLike, name: str, base: Base, resident: ResidentModel) -> Group:
     """Open the counterfactual of one group, and check it against the base as far as headers tell.
 
-    source: checked with ``check_source``
+    source: checked with ``check_source``, no pack
     name: what the argument is called in messages about an object in memory
     Raises: CheckpointError for what cannot be read or does not fit the base; TypeError when a callable gives something
         that cannot be opened
@@ -153,7 +154,7 @@ def open_group(source: SourceLike, name: str, base: Base, resident: ResidentMode
         return HeldGroup(fitted(resident.tensors, what, name), resident)
 
     def opened() -> Weights:
-        return fitting(resident.tensors, open_source(what, how, name, base))
+        return fitting(resident.tensors, open_source(cast(Openable, what), how, name, base))
 
     if isinstance(what, Path):
         return FileGroup(opened, resident)

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from guda_fast._validate import check_choice
+from guda_fast.deltas.base import Base
 from guda_fast.deltas.delta import Delta, Part, TensorHash
 from guda_fast.deltas.diff import BaseTensor
-from guda_fast.deltas.pack_file import LENGTH, PackFile, Shard
-from guda_fast.deltas.pack_format import MAGIC, HeaderProblem, IndexEntry, Rounding, SourceFile, index_entries
+from guda_fast.deltas.formats.diffusers import check_config
+from guda_fast.deltas.pack_file import PackFile, Shard
+from guda_fast.deltas.pack_format import HeaderProblem, IndexEntry, Rounding, SourceFile, index_entries
 from guda_fast.deltas.resident import ResidentModel
-from guda_fast.deltas.sources import Source
 from guda_fast.deltas.survey import Survey
-from guda_fast.deltas.weights import existing_path
+from guda_fast.deltas.weights import Weights, existing_path
 from guda_fast.errors import CheckpointError
 
 
@@ -70,7 +71,7 @@ class Pack:
         """Open a pack: read and check its headers, and no values.
 
         path: what ``build_pack`` wrote
-        Returns: the pack, whose files stay open
+        Returns: the pack, whose files are opened again when a group is read
         Raises: CheckpointError when there is no such file, it is no pack, of another version, cut off or damaged, or a
             file that it names is not there, naming the file and the key
         """
@@ -169,13 +170,21 @@ class Pack:
         if digest.hex() != self[group].survey.hash:
             raise CheckpointError(f"{self.path}: group {group!r}: key 'hash' must be that of the values, found another")
 
-    def check_base(self, base_hash: str, base_origin: str) -> None:
-        """Raise CheckpointError unless the pack belongs to the base that has this hash."""
-        if base_hash != self.base_hash:
+    def check_base(self, base: Base, weights_hash: str) -> None:
+        """Raise CheckpointError unless the pack belongs to the base that has this hash, and this configuration.
+
+        A setting that only the base names must have its default: the pack may be older than it.
+        """
+        if weights_hash != self.base_hash:
             raise CheckpointError(
-                f"{self.path}: key 'base.hash' must be that of the base, {base_hash} ({base_origin}), "
+                f"{self.path}: key 'base.hash' must be that of the base, {weights_hash} ({base.origin}), "
                 f"found {self.base_hash} ({self.base_origin or 'an object in memory'})"
             )
+        if base.config is None:
+            return
+        for shard in self._shards:
+            config, where = shard.header.base_config, f"{shard.path}: key 'base.config'"
+            check_config(base.config, type(base.model), Weights(where, {}, config=config, config_origin=where))
 
     def check_fits(self, tensors: Iterable[BaseTensor]) -> None:
         """Raise CheckpointError where a part does not fit the base's tensors."""
@@ -203,14 +212,14 @@ class PackGroup:
     resident: the model that it is written into
     """
 
-    files: tuple[Path, ...] = ()
-
     def __init__(self, pack: Pack, group: str, resident: ResidentModel) -> None:
         self._pack = pack
         self._group = group
         self._resident = resident
-        self.survey = pack[group].survey
+        self.packed = pack[group]
+        self.survey = self.packed.survey
         self.origin = self.survey.origin
+        self.files = tuple(dict.fromkeys((pack.path, *pack.files)))
 
     def parts(self, only: Collection[str] | None = None) -> Iterator[tuple[str, Part]]:
         """The parts in the order of their names, in the resident layout, each read when its turn comes.
@@ -246,18 +255,3 @@ class _LazyParts(Mapping[str, Part]):
 
     def __len__(self) -> int:
         return len(self._support)
-
-
-def pack_path(source: object) -> Path | None:
-    """The path of a pack that was given as the source of a group; None for any other source."""
-    what = source.what if isinstance(source, Source) and source.format is None else source
-    if not isinstance(what, str | os.PathLike):
-        return None
-    path = Path(what)
-    if not path.is_file():
-        return None
-    try:
-        with path.open("rb") as file:
-            return path if file.read(LENGTH + len(MAGIC))[LENGTH:] == MAGIC else None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error

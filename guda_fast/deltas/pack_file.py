@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import stat
-import weakref
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from guda_fast.deltas.delta import Dense, LowRank, Part, cast
 from guda_fast.deltas.diff import BaseTensor, KeyProblem, check_finite, wide
 from guda_fast.deltas.pack_format import (
+    LENGTH,
     MAGIC,
     MAX_HEADER,
     STORED,
@@ -33,8 +34,6 @@ from guda_fast.deltas.pack_format import (
 )
 from guda_fast.errors import CheckpointError
 
-LENGTH = 8
-"""Bytes that hold the length of the header."""
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
@@ -48,7 +47,7 @@ class Stack:
 
 
 class PackFile:
-    """A file that begins as packs do, opened; it stays open, and so readable when another takes its name.
+    """A file that begins as packs do: its header, read and checked. It is open only while something is read from it.
 
     path: the file
     Raises: CheckpointError where it is no pack, damaged, or of another version
@@ -56,19 +55,16 @@ class PackFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        descriptor = _opened(path)
         try:
-            # A named pipe would otherwise wait for a writer.
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        except (OSError, ValueError) as error:
-            # ValueError: no file can have this name.
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise CheckpointError(f"{path}: cannot be opened: {reason}") from error
-        weakref.finalize(self, os.close, self._descriptor)
-        status = os.fstat(self._descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: must be a file, found something else")
-        self.size = status.st_size
-        header = json.loads(self._header())
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path}: must be a file, found something else")
+            self.size = status.st_size
+            self._stamp = _stamp(status)
+            header = json.loads(self._header(descriptor))
+        finally:
+            os.close(descriptor)
         metadata = header.pop("__metadata__")
         self.hash, self.content = self._content(metadata)
         # The values begin where the header ends; what each takes was checked.
@@ -81,7 +77,23 @@ class PackFile:
             for key, about in header.items()
         }
 
-    def row(self, key: str, row: int) -> torch.Tensor:
+    @contextmanager
+    def opened(self) -> Iterator[int]:
+        """A descriptor for ``row``: of the file whose header was read, also where an index has taken its name.
+
+        Raises: CheckpointError where that file is gone or was changed
+        """
+        descriptor = self._same(self.path)
+        if descriptor is None:
+            descriptor = self._same(shard_path(self.path, self.hash))
+        if descriptor is None:
+            raise CheckpointError(f"{self.path}: is gone or has changed since it was opened; open the pack again")
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def row(self, descriptor: int, key: str, row: int) -> torch.Tensor:
         """One group's tensor of a stack, whose dtype torch has; no other byte of the values is read."""
         stack = self.stacks[key]
         # On the CPU, whatever torch's default device is.
@@ -89,7 +101,7 @@ class PackFile:
         rest, start = _bytes(tensor), stack.start + row * tensor.nbytes
         while rest:
             try:
-                count = os.preadv(self._descriptor, [rest], start)
+                count = os.preadv(descriptor, [rest], start)
             except OSError as error:
                 raise CheckpointError(f"{self.path}: key {key!r} cannot be read: {error}") from error
             if count == 0:
@@ -97,9 +109,19 @@ class PackFile:
             start, rest = start + count, rest[count:]
         return tensor
 
-    def _header(self) -> bytes:
-        length = int.from_bytes(os.pread(self._descriptor, LENGTH, 0), "little")
-        if os.pread(self._descriptor, len(MAGIC), LENGTH) != MAGIC:
+    def _same(self, path: Path) -> int | None:
+        """A descriptor of the file whose header was read, if it has this name."""
+        if not path.exists():
+            return None
+        descriptor = _opened(path)
+        if _stamp(os.fstat(descriptor)) == self._stamp:
+            return descriptor
+        os.close(descriptor)
+        return None
+
+    def _header(self, descriptor: int) -> bytes:
+        length = int.from_bytes(os.pread(descriptor, LENGTH, 0), "little")
+        if os.pread(descriptor, len(MAGIC), LENGTH) != MAGIC:
             raise CheckpointError(f"{self.path}: must be a delta pack of guda_fast, found another kind of file")
         if length > min(MAX_HEADER, self.size - LENGTH):
             most = f"at most {MAX_HEADER} bytes, in a file of {self.size}"
@@ -108,8 +130,11 @@ class PackFile:
         try:
             # Checks that tensors lie one behind the other, have the size of their shape, and fill the file.
             with safe_open(self.path, framework="pt", device="cpu"):
-                return os.pread(self._descriptor, length, LENGTH)
-        except (SafetensorError, OSError) as error:
+                return os.pread(descriptor, length, LENGTH)
+        except (RuntimeError, OSError) as error:
+            # RuntimeError: it opens the file again by itself, where no more can be open.
+            raise CheckpointError(f"{self.path}: cannot be read: {error}") from error
+        except SafetensorError as error:
             raise CheckpointError(f"{self.path}: damaged or truncated delta pack: {error}") from error
 
     def _content(self, metadata: Mapping[str, str]) -> tuple[str, Mapping[str, Any]]:
@@ -174,17 +199,20 @@ class Shard:
         """
         group, before = self.header.groups[position], Counter(g.support for g in self.header.groups[:position])
         checksums = iter(group.checksums)
-        for name, form in self.header.supports[group.support].items():
-            keys = form.keys(name)
-            expected = [next(checksums) for _ in keys]
-            if only is not None and name not in only:
-                continue
-            tensors = []
-            for key, checksum in zip(keys, expected, strict=True):
-                row = sum(count for support, count in before.items() if key in self._stacked[support])
-                tensors.append(self._tensor(group.name, key, row, checksum))
-            yield name, Dense(*tensors) if form.rank is None else LowRank(*tensors)
-            del tensors  # the next one is read into its memory
+        with self._file.opened() as descriptor:
+            for name, form in self.header.supports[group.support].items():
+                keys = form.keys(name)
+                expected = [next(checksums) for _ in keys]
+                if only is not None and name not in only:
+                    continue
+                tensors = []
+                for key, checksum in zip(keys, expected, strict=True):
+                    row = sum(count for support, count in before.items() if key in self._stacked[support])
+                    stored = self._file.row(descriptor, key, row)
+                    tensors.append(self._checked(group.name, key, stored, checksum))
+                    del stored
+                yield name, Dense(*tensors) if form.rank is None else LowRank(*tensors)
+                del tensors  # the next one is read into its memory
 
     def summary(self, position: int) -> Summary:
         """What there is to say of a group without its values."""
@@ -221,8 +249,7 @@ class Shard:
             size,
         )
 
-    def _tensor(self, group: str, key: str, row: int, checksum: int) -> torch.Tensor:
-        stored = self._file.row(key, row)
+    def _checked(self, group: str, key: str, stored: torch.Tensor, checksum: int) -> torch.Tensor:
         if zlib.crc32(_bytes(stored)) != checksum:
             raise CheckpointError(
                 f"{self.path}: group {group!r}: key {key!r} must have the checksum that was written with it: damaged"
@@ -247,6 +274,36 @@ class Shard:
             if stack.shape[:1] != (rows[key],):
                 found = f"shape {stack.shape}"
                 raise HeaderProblem(f"key {key!r} must have a row for each of {rows[key]} groups, found {found}")
+
+
+def is_pack(path: Path) -> bool:
+    """Whether a path is a file that begins as packs do; CheckpointError where it cannot be read."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(LENGTH + len(MAGIC))[LENGTH:] == MAGIC
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def shard_path(pack: Path, hash_: str) -> Path:
+    """The name that the first file of a pack gets when the pack's own goes to an index; hash_: of its header."""
+    return pack.with_name(f"{pack.stem}.{hash_}.safetensors")
+
+
+def _opened(path: Path) -> int:
+    try:
+        # A named pipe would otherwise wait for a writer.
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        # ValueError: no file can have this name.
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path}: cannot be opened: {reason}") from error
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _check_form(key: str, form: Form, stack: Stack) -> None:

@@ -18,9 +18,14 @@ import torch
 from guda_fast.deltas.delta import HASH_BYTES
 
 VERSION = "1"
+LENGTH = 8
+"""Bytes that hold the length of the header."""
 MAGIC = b'{"__metadata__":{"format":"guda_fast.pack",'
 """The first bytes after the header's length."""
 MAX_HEADER = 8 * 2**20
+MAX_TOLERANCE = math.nextafter(1.0, 0.0)
+DTYPES = ("float32", "float16", "stored")
+RANKS = ("off", "auto")
 COSINES = ("float16", "bfloat16", "tf32")
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _FORM = re.compile(r"(?P<kind>dense|low-rank\.(?P<rank>[1-9]\d{0,8}))\.(?P<dtype>float16|bfloat16|float32|float64)")
@@ -77,12 +82,21 @@ class SourceFile:
 class Rounding:
     """What storing changed in a group's delta, over the parameters that changed.
 
-    cosine: between the delta as stored and as it was [-1..1]
-    relative_error: ||stored - delta|| / ||delta|| [>= 0]
+    cosine: between the delta as stored and as it was [-1..1]; of a delta that was rounded several times, at least this
+    relative_error: ||stored - delta|| / ||delta|| [>= 0]; of a delta that was rounded several times, at most this
     """
 
     cosine: float
     relative_error: float
+
+    def then(self, after: Rounding) -> Rounding:
+        """What both leave, one after the other: errors add, and so do angles."""
+        if 0 in (self.relative_error, after.relative_error):
+            return after if self.relative_error == 0 else self
+        angle = min(math.pi, math.acos(self.cosine) + math.acos(after.cosine))
+        return Rounding(
+            math.cos(angle), self.relative_error + after.relative_error + self.relative_error * after.relative_error
+        )
 
 
 @dataclass(frozen=True)
@@ -109,6 +123,22 @@ class GroupHeader:
     rounding: Rounding
     checksums: tuple[int, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """The group's header, of JSON's types."""
+        rms = self.relative_rms
+        return {
+            "name": self.name,
+            "support": self.support,
+            "origin": self.origin,
+            "sources": [{"path": file.path, "bytes": file.bytes, "hash": file.hash} for file in self.sources],
+            "hash": self.hash,
+            # JSON has no infinity.
+            "relative_rms": rms if math.isfinite(rms) else None,
+            "cosine": dict(self.cosine),
+            "rounding": {"cosine": self.rounding.cosine, "relative_error": self.rounding.relative_error},
+            "checksums": "".join(f"{checksum:08x}" for checksum in self.checksums),
+        }
+
 
 @dataclass(frozen=True)
 class PackHeader:
@@ -116,6 +146,7 @@ class PackHeader:
 
     base_hash: of the base's tensors
     base_origin: the path of the base, empty for an object in memory
+    base_config: its configuration, None where it has none
     dtype, rank, tolerance: what the writer was asked for
     supports: the distinct supports of the groups
     groups: in their order
@@ -123,6 +154,7 @@ class PackHeader:
 
     base_hash: str
     base_origin: str
+    base_config: Mapping[str, Any] | None
     dtype: str
     rank: str
     tolerance: float
@@ -133,12 +165,12 @@ class PackHeader:
         """The header as text."""
         return json.dumps(
             {
-                "base": {"hash": self.base_hash, "origin": self.base_origin},
+                "base": {"hash": self.base_hash, "origin": self.base_origin, "config": self.base_config},
                 "dtype": self.dtype,
                 "rank": self.rank,
                 "tolerance": self.tolerance,
                 "supports": [{name: str(form) for name, form in support.items()} for support in self.supports],
-                "groups": [_group_json(group) for group in self.groups],
+                "groups": [group.to_json() for group in self.groups],
             },
             separators=(",", ":"),
         )
@@ -161,9 +193,10 @@ class PackHeader:
         return cls(
             _hash(base, "hash", "base"),
             _text(base, "origin", "base"),
-            _text(content, "dtype"),
-            _text(content, "rank"),
-            _real(content, "tolerance", 0.0, 1.0),
+            None if base.get("config") is None else _mapping(base, "config", "base"),
+            _one_of(content, "dtype", DTYPES),
+            _one_of(content, "rank", RANKS),
+            _real(content, "tolerance", 0.0, MAX_TOLERANCE),
             supports,
             groups,
         )
@@ -216,22 +249,6 @@ def tensor_keys(support: Support) -> Iterator[str]:
     """The stacks that hold a group of this support, in the order of its checksums."""
     for name, form in support.items():
         yield from form.keys(name)
-
-
-def _group_json(group: GroupHeader) -> dict[str, Any]:
-    rms = group.relative_rms
-    return {
-        "name": group.name,
-        "support": group.support,
-        "origin": group.origin,
-        "sources": [{"path": file.path, "bytes": file.bytes, "hash": file.hash} for file in group.sources],
-        "hash": group.hash,
-        # JSON has no infinity.
-        "relative_rms": rms if math.isfinite(rms) else None,
-        "cosine": dict(group.cosine),
-        "rounding": {"cosine": group.rounding.cosine, "relative_error": group.rounding.relative_error},
-        "checksums": "".join(f"{checksum:08x}" for checksum in group.checksums),
-    }
 
 
 def _group(found: object, where: str, tensors: Sequence[int]) -> GroupHeader:
@@ -307,6 +324,13 @@ def _text(item: Mapping[str, Any], key: str, where: str = "") -> str:
     found = item.get(key)
     if not isinstance(found, str):
         raise HeaderProblem(f"key '{_path(where, key)}' must be text, found {_short(found)}")
+    return found
+
+
+def _one_of(item: Mapping[str, Any], key: str, choices: Sequence[str]) -> str:
+    found = _text(item, key)
+    if found not in choices:
+        raise HeaderProblem(f"key '{key}' must be one of {', '.join(map(repr, choices))}, found {_short(found)}")
     return found
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import os
-import secrets
-import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -19,36 +16,40 @@ from typing import IO, Any
 
 import torch
 
-from guda_fast._files import atomic_write
-from guda_fast._validate import check_choice, check_real
+from guda_fast._validate import check_choice, check_real, describe
 from guda_fast.deltas.bank import DeltaBank, ProgressCallback
 from guda_fast.deltas.delta import HASH_BYTES, Dense, LowRank, Part, cast
 from guda_fast.deltas.diff import extremes, wide
+from guda_fast.deltas.groups import Group
 from guda_fast.deltas.low_rank import TOLERANCE, factored
-from guda_fast.deltas.pack import Pack
-from guda_fast.deltas.pack_file import LENGTH
+from guda_fast.deltas.pack import Pack, PackGroup
+from guda_fast.deltas.pack_file import is_pack
+from guda_fast.deltas.pack_folder import (
+    add_to_index,
+    check_length,
+    header_bytes,
+    locked,
+    new_shard_path,
+    publish,
+)
 from guda_fast.deltas.pack_format import (
-    MAX_HEADER,
+    DTYPES,
+    MAX_TOLERANCE,
+    RANKS,
     STORED,
-    VERSION,
     Form,
     GroupHeader,
     IndexEntry,
     PackHeader,
     Rounding,
     SourceFile,
-    index_json,
     tensor_keys,
-    text_hash,
 )
 from guda_fast.deltas.sources import SourceLike
 from guda_fast.deltas.survey import survey
 from guda_fast.errors import CheckpointError
 
-DTYPES = ("float32", "float16", "stored")
-RANKS = ("off", "auto")
 _CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
-_ALIGNMENT = 64
 _COPIED_AT_ONCE = 1 << 24
 
 
@@ -61,37 +62,47 @@ def build_pack(
     rank: str = "off",
     tolerance: float = TOLERANCE,
     allow_identical: bool = False,
+    force: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Pack:
     """Write the deltas of all groups to one file, for ``DeltaBank.load(base, path)``.
 
     delta_k = theta_k - theta_0 is formed as ``DeltaBank.load`` does, and then rounded once to ``dtype``: from float32
-    weights and with the defaults the pack gives the same models as its sources, bit for bit. Each source is read once,
+    weights and with the defaults the pack gives the models that a ``DeltaBank`` of its sources forms, bit for bit. Of
+    a pack as a source, what is known of its sources is kept, and rounding adds up. Each source is read once,
     one tensor at a time; beside the pack, until it is finished, its values need their space on the disk once more. The
     file appears under its name when it is whole.
 
     base, counterfactuals, allow_identical: as for ``DeltaBank.load``, counterfactuals as a mapping
-    path: the file to write or replace
+    path: the file to write
     dtype: "float32"; "float16", which halves the file, and whose rounding ``Pack`` states; "stored", which loses
         nothing: the narrowest of float16, bfloat16, float32 and float64 that holds every value of a part
     rank: "off" stores factors only where the source has them; "auto" also finds them in dense differences
-    tolerance: for "auto", what ||delta - up down|| / ||delta|| of a parameter may be [0 <= tolerance < 1]; 0 takes
-        exact factors only
+    tolerance: for "auto", what ||delta - up down|| / ||delta|| of a parameter may be before both factors are rounded
+        to ``dtype`` [0 <= tolerance < 1]; 0 takes exact factors only
+    force: replace a pack that is there already; other files, and packs that are among the sources, never are
     progress: called after each group with (groups done, groups in all)
 
     Returns: the pack, opened
-    Raises: TypeError or ValueError for an argument of another type or value; CheckpointError as ``DeltaBank.load``
-        and ``DeltaBank.survey``, and where float16 cannot hold a value or keeps nothing of a group
+    Raises: TypeError or ValueError for an argument of another type or value, or more groups than a header holds;
+        FileExistsError for a path that may not be replaced; CheckpointError as ``DeltaBank.load`` and
+        ``DeltaBank.survey``, and where float16 cannot hold a value or keeps nothing of a group
 
     >>> pack = build_pack("runs/full", {"cat": "runs/unlearn_cat"}, "bank.safetensors")  # doctest: +SKIP
     >>> pack.groups  # doctest: +SKIP
     ('cat',)
     """
     how = _Settings.checked("build_pack", dtype, rank, tolerance)
-    bank = DeltaBank.load(base, counterfactuals, allow_identical=allow_identical)
     target = Path(path).resolve()
+    _check_replaceable(target, force)
+    bank = DeltaBank.load(base, counterfactuals, allow_identical=allow_identical)
+    for group in bank.groups:
+        if target in (file.resolve() for file in bank.source(group).files):
+            raise FileExistsError(f"build_pack: path must not be read for group {group!r} too, got {target}")
     origin = str(Path(base).absolute()) if isinstance(base, str | os.PathLike) else ""
-    with _written(bank, origin, how, target.parent, progress) as shard:
+    with _written(bank, origin, how, target.parent, progress) as shard, locked(target):
+        # Again: it may have come while the sources were read.
+        _check_replaceable(target, force)
         shard.write(target)
     return Pack.open(target)
 
@@ -113,7 +124,7 @@ def append_pack(
     pack is what it was, also after a crash, and programs that have it open are not disturbed at any time.
 
     path: the pack
-    counterfactuals: of the new groups, as for ``DeltaBank.load``
+    counterfactuals: of the new groups, as for ``DeltaBank.load``, as a mapping
     base: as for ``DeltaBank.load``; None takes the folder that the pack was built from
     dtype, rank, tolerance: as for ``build_pack``; None takes what the pack's last file was written with
     allow_identical, progress: as for ``build_pack``
@@ -127,21 +138,26 @@ def append_pack(
     """
     pack = Pack.open(path)
     given = zip((dtype, rank, tolerance), pack.settings[-1], strict=True)
+    if not isinstance(counterfactuals, Mapping):
+        raise TypeError(
+            f"append_pack: counterfactuals must be a mapping of group names, got {describe(counterfactuals)}"
+        )
     how = _Settings.checked("append_pack", *(last if value is None else value for value, last in given))
     if twice := [group for group in counterfactuals if group in pack.groups]:
         raise CheckpointError(f"{pack.path}: must not hold group {twice[0]!r} already")
     if base is None and not pack.base_origin:
         raise ValueError(f"append_pack: base must be given, because {pack.path} was built from a model in memory")
     bank = DeltaBank.load(pack.base_origin if base is None else base, counterfactuals, allow_identical=allow_identical)
-    pack.check_base(bank.weights_hash, bank.origin)
+    bank.check_owns(pack)
     with _written(bank, pack.base_origin, how, pack.path.parent, progress) as shard:
-        added = shard.write(pack.path.with_name(f"{pack.path.stem}.{shard.hash}.safetensors"))
-    _add_to_index(pack, added)
+        added = shard.write(new_shard_path(pack.path))
+    add_to_index(pack, added)
     return Pack.open(pack.path)
 
 
 @dataclass(frozen=True)
 class _Settings:
+    where: str
     dtype: str
     rank: str
     tolerance: float
@@ -150,8 +166,8 @@ class _Settings:
     def checked(cls, where: str, dtype: Any, rank: Any, tolerance: Any) -> _Settings:
         check_choice(where, "dtype", dtype, DTYPES)
         check_choice(where, "rank", rank, RANKS)
-        check_real(where, "tolerance", tolerance, 0.0, math.nextafter(1.0, 0.0))
-        return cls(dtype, rank, float(tolerance))
+        check_real(where, "tolerance", tolerance, 0.0, MAX_TOLERANCE)
+        return cls(where, dtype, rank, float(tolerance))
 
     def stored(self, part: Part) -> tuple[Part, Form]:
         """The part as it is written, in the dtype that the file gets, and its form."""
@@ -175,7 +191,8 @@ class _Shard:
         self._rows: dict[str, list[int]] = {}
         self._row_shapes: dict[str, tuple[int, ...]] = {}
         self._header = b""
-        self.hash = ""
+        self._hash = ""
+        self._length = 0
 
     def add(self, name: str, bank: DeltaBank) -> None:
         """Read a group, and keep its rows as they will be in the file."""
@@ -201,24 +218,36 @@ class _Shard:
             raise CheckpointError(f"{source.origin}: {self._how.dtype} keeps nothing of it; pass dtype='stored'")
         bank.check_different(name, found.support)
         support = self._supports.setdefault(tuple(forms.items()), len(self._supports))
-        self._groups.append(
-            GroupHeader(
-                name,
-                support,
-                source.origin,
-                tuple(_source_file(path) for path in source.files),
-                found.hash,
-                found.relative_rms,
-                found.cosine,
-                error.rounding(),
-                tuple(checksums),
-            )
+        origin, files, rounding = _history(source, error.rounding())
+        header = GroupHeader(
+            name,
+            support,
+            origin,
+            files,
+            found.hash,
+            found.relative_rms,
+            found.cosine,
+            rounding,
+            tuple(checksums),
         )
+        self._groups.append(header)
+        # As text within text, of which the rest of the header is little: known before all sources have been read.
+        self._length += len(json.dumps(json.dumps(header.to_json(), separators=(",", ":"))))
+        check_length(self._how.where, self._length)
 
-    def finish(self, base_hash: str, base_origin: str) -> None:
+    def finish(self, bank: DeltaBank, base_origin: str) -> None:
         """Make the header, when all groups are there."""
         how, supports = self._how, tuple(dict(support) for support in self._supports)
-        header = PackHeader(base_hash, base_origin, how.dtype, how.rank, how.tolerance, supports, tuple(self._groups))
+        header = PackHeader(
+            bank.weights_hash,
+            base_origin,
+            bank.config,
+            how.dtype,
+            how.rank,
+            how.tolerance,
+            supports,
+            tuple(self._groups),
+        )
         keys = sorted({key for support in supports for key in tensor_keys(support)})
         tensors, offset = {}, 0
         for key in keys:
@@ -227,19 +256,20 @@ class _Shard:
             end = offset + torch.Size(shape).numel() * STORED[dtype].itemsize
             tensors[key] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": (offset, end)}
             offset = end
-        self._header, self.hash = _header_bytes(header.to_json(), tensors)
+        self._header, self._hash = header_bytes(how.where, header.to_json(), tensors)
         self._rows = {key: self._rows[key] for key in keys}
 
     def write(self, path: Path) -> IndexEntry:
         """Write the file: the header, and of each stack the rows of all groups."""
-        with atomic_write(path, "wb") as file:
-            file.write(self._header)
-            for key, starts in self._rows.items():
-                size = torch.Size(self._row_shapes[key]).numel() * STORED[key.rpartition(".")[2]].itemsize
-                for start in starts:
-                    self._copy(start, size, file)
-            length = file.tell()
-        return IndexEntry(path.name, length, self.hash)
+        publish(path, self._content())
+        return IndexEntry(path.name, path.stat().st_size, self._hash)
+
+    def _content(self) -> Iterator[bytes]:
+        yield self._header
+        for key, starts in self._rows.items():
+            size = torch.Size(self._row_shapes[key]).numel() * STORED[key.rpartition(".")[2]].itemsize
+            for start in starts:
+                yield from self._row(start, size)
 
     def _keep(self, name: str, form: Form, part: Part) -> Iterator[int]:
         """Keep the rows of a part, and give their checksums."""
@@ -250,11 +280,11 @@ class _Shard:
             self._spool.write(content)
             yield zlib.crc32(content)
 
-    def _copy(self, start: int, size: int, file: IO[bytes]) -> None:
+    def _row(self, start: int, size: int) -> Iterator[bytes]:
         self._spool.seek(start)
         while size:
             piece = self._spool.read(min(size, _COPIED_AT_ONCE))
-            file.write(piece)
+            yield piece
             size -= len(piece)
 
 
@@ -296,71 +326,8 @@ def _written(
             shard.add(group, bank)
             if progress is not None:
                 progress(done, len(bank))
-        shard.finish(bank.weights_hash, base_origin)
+        shard.finish(bank, base_origin)
         yield shard
-
-
-def _add_to_index(pack: Pack, added: IndexEntry) -> None:
-    """Make the pack's file an index of its files and a new one, if the pack is still what was opened."""
-    with _locked(pack.path.parent):
-        now = Pack.open(pack.path)
-        if now.hash != pack.hash:
-            (pack.path.parent / added.file).unlink()
-            raise CheckpointError(f"{pack.path}: was changed while groups were added to it; add them again")
-        entries = pack.entries
-        if pack.path in pack.files:
-            (first,) = entries
-            first = IndexEntry(f"{pack.path.stem}.{first.hash}.safetensors", first.bytes, first.hash)
-            _also_named(pack.path, pack.path.with_name(first.file))
-            entries = (first,)
-        header, _ = _header_bytes(index_json((*entries, added)), {})
-        with atomic_write(pack.path, "wb") as file:
-            file.write(header)
-
-
-def _also_named(path: Path, name: Path) -> None:
-    """Give a file a second name, in place of what an append that was interrupted may have left there."""
-    if name.exists() and name.samefile(path):
-        return
-    temporary = name.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        os.link(path, temporary)
-    except OSError:
-        # A file system without links; where nothing can be written, this says so.
-        with path.open("rb") as source, atomic_write(name, "wb") as target:
-            shutil.copyfileobj(source, target)
-        return
-    try:
-        os.replace(temporary, name)
-    except BaseException:
-        temporary.unlink()
-        raise
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other appends out of a folder; the lock ends with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _header_bytes(text: str, tensors: Mapping[str, Any]) -> tuple[bytes, str]:
-    """A safetensors header with a pack's text, its length before it, and the text's hash."""
-    hash_ = text_hash(text)
-    # In this order: a pack is recognised by how it begins.
-    metadata = {"format": "guda_fast.pack", "version": VERSION, "hash": hash_, "pack": text}
-    header = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":")).encode()
-    header += b" " * (-(LENGTH + len(header)) % _ALIGNMENT)
-    if len(header) > MAX_HEADER:
-        raise ValueError(
-            f"build_pack: the header must have at most {MAX_HEADER} bytes, got {len(header)}: "
-            "build a pack of fewer groups, and append the others"
-        )
-    return len(header).to_bytes(LENGTH, "little") + header, hash_
 
 
 def _narrowest(part: Part) -> torch.dtype:
@@ -388,6 +355,25 @@ def _check_finite(part: Part, where: str, dtype: str) -> None:
     for _, tensor in part.tensors():
         if not all(map(math.isfinite, extremes(tensor))):
             raise CheckpointError(f"{where} must hold values that {dtype} can hold; pass dtype='stored'")
+
+
+def _history(source: Group | PackGroup, rounding: Rounding) -> tuple[str, tuple[SourceFile, ...], Rounding]:
+    """Where a group came from, and what rounding has changed in it: in a pack, since before it was packed."""
+    if isinstance(source, PackGroup):
+        packed = source.packed
+        return packed.origin, packed.sources, packed.rounding.then(rounding)
+    return source.origin, tuple(_source_file(path) for path in source.files), rounding
+
+
+def _check_replaceable(target: Path, force: bool) -> None:
+    if not target.exists():
+        return
+    if not force:
+        raise FileExistsError(
+            f"build_pack: path must not exist, got {target}; pass force=True (--force) to replace it, or append to it"
+        )
+    if not is_pack(target):
+        raise FileExistsError(f"build_pack: path must be free, or that of a delta pack, got {target}")
 
 
 def _source_file(path: Path) -> SourceFile:

@@ -16,12 +16,15 @@ from guda_fast.deltas.delta import Delta
 from guda_fast.deltas.formats import compvis, ema, lora, partial, peft
 from guda_fast.deltas.formats.diffusers import check_config, holds_model, is_shard, open_folder
 from guda_fast.deltas.formats.state_dict import from_mapping, open_file, refuse_text_encoders
+from guda_fast.deltas.pack import Pack
+from guda_fast.deltas.pack_file import is_pack
 from guda_fast.deltas.weights import Weights, existing_path, from_module, unwrapped
 from guda_fast.errors import CheckpointError
 
 Openable = str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module
-Format = Literal["diffusers", "state_dict", "partial", "peft", "lora", "ema", "compvis"]
-FORMATS = ("diffusers", "state_dict", "partial", "peft", "lora", "ema", "compvis")
+Given = Openable | Delta | Pack
+Format = Literal["diffusers", "state_dict", "partial", "peft", "lora", "ema", "compvis", "pack"]
+FORMATS = ("diffusers", "state_dict", "partial", "peft", "lora", "ema", "compvis", "pack")
 WEIGHTS = ("raw", "ema")
 
 
@@ -29,7 +32,8 @@ WEIGHTS = ("raw", "ema")
 class Source:
     """A counterfactual, and how to read it where its content leaves a choice.
 
-    what: a path, a state dict, a torch.nn.Module, a Delta, or a callable that gives one of these when a bank is loaded
+    what: a path, a state dict, a torch.nn.Module, a Delta, a Pack of one group, or a callable that gives one of these
+        when a bank is loaded
     format: its format, None to recognise it from the content
     weights: "raw", or "ema" for the moving average that a training script kept beside the weights; None for the
         weights, or for the average where there is nothing else
@@ -42,7 +46,7 @@ class Source:
     'ema'
     """
 
-    what: Openable | Delta | Callable[[], Openable | Delta]
+    what: Given | Callable[[], Given]
     _: KW_ONLY
     format: Format | None = None
     weights: Literal["raw", "ema"] | None = None
@@ -50,7 +54,7 @@ class Source:
     variant: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.what, str | os.PathLike | Mapping | torch.nn.Module | Delta) and not callable(self.what):
+        if not isinstance(self.what, _TYPES) and not callable(self.what):
             raise TypeError(f"Source: what must be {_KINDS}, got {describe(self.what)}")
         if self.format is not None:
             check_choice("Source", "format", self.format, FORMATS)
@@ -61,12 +65,13 @@ class Source:
             raise TypeError(f"Source: variant must be a string or None, got {describe(self.variant)}")
 
 
-SourceLike = Openable | Delta | Callable[[], Openable | Delta] | Source
+SourceLike = Given | Callable[[], Given] | Source
+_TYPES = (str, os.PathLike, Mapping, torch.nn.Module, Delta, Pack)
 _LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 _BY_KEYS = ("state_dict", "partial", "lora", "ema", "compvis")
 _AS_A_PART = 'pass Source(..., format="partial"), or PATH,format=partial to a command, if the rest equals the base'
 _OF_A_SHARD = "this is one shard of a model, whose folder loads whole; "
-_KINDS = "a path, a state dict, a torch.nn.Module, a Delta, or a callable that gives one of these"
+_KINDS = "a path, a state dict, a torch.nn.Module, a Delta, a Pack, or a callable that gives one of these"
 
 
 def check_source(source: object, name: str) -> None:
@@ -74,26 +79,41 @@ def check_source(source: object, name: str) -> None:
     what = source.what if isinstance(source, Source) else source
     if isinstance(what, str | os.PathLike):
         existing_path(what)
-    elif not isinstance(what, Mapping | torch.nn.Module | Delta) and not callable(what):
+    elif not isinstance(what, _TYPES) and not callable(what):
         raise TypeError(f"DeltaBank.load: {name} must be {_KINDS}, or a Source, got {describe(source)}")
 
 
-def resolved(source: SourceLike, name: str) -> tuple[Openable | Delta, Source]:
+def resolved(source: SourceLike, name: str) -> tuple[Given, Source]:
     """What there is to open, a callable called and a path in full, and how it was asked to be read."""
     how = source if isinstance(source, Source) else Source(source)
     what = how.what
-    if callable(what) and not isinstance(what, torch.nn.Module | Mapping | Delta | os.PathLike):
+    if callable(what) and not isinstance(what, _TYPES):
         what = what()
     if isinstance(what, str | os.PathLike):
         # In full, so that a change of the working directory changes nothing.
         return existing_path(what).absolute(), how
     if isinstance(what, Delta) and (how.format, how.weights, how.scale, how.variant) != (None, None, 1, None):
         raise ValueError(f"DeltaBank.load: {name}: a Delta leaves no choice of format, weights, scale or variant")
-    if not isinstance(what, Mapping | torch.nn.Module | Delta):
+    if not isinstance(what, Mapping | torch.nn.Module | Delta | Pack):
         raise TypeError(
-            f"DeltaBank.load: {name} must give a path, a state dict, a torch.nn.Module or a Delta, got {describe(what)}"
+            f"DeltaBank.load: {name} must give a path, a state dict, a torch.nn.Module, a Delta or a Pack, "
+            f"got {describe(what)}"
         )
     return what, how
+
+
+def opened_pack(what: Given, how: Source) -> Pack | None:
+    """The pack that a source is, opened; None for any other source.
+
+    what: as ``resolved`` gives it
+    Raises: CheckpointError for a pack that cannot be read, or of which more was asked for
+    """
+    if isinstance(what, Path) and is_pack(what):
+        what = Pack.open(what)
+    if not isinstance(what, Pack):
+        return None
+    _check_choices(how, "pack", str(what.path))
+    return what
 
 
 def open_source(what: Openable, how: Source, name: str, base: Base) -> Weights:

@@ -167,7 +167,10 @@ def _open_safetensors(path: Path) -> Weights:
         # Checks the header, and the length of the file against it.
         with safe_open(path, framework="pt", device="cpu"):
             file = _OpenFile(path)
-    except (SafetensorError, OSError) as error:
+    except (RuntimeError, OSError) as error:
+        # RuntimeError: it opens the file by itself a second time, where no more can be open.
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    except SafetensorError as error:
         raise CheckpointError(f"{path}: damaged or truncated safetensors file: {error}") from error
     values = 8 + int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(values)[8:])
