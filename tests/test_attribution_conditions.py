@@ -156,6 +156,8 @@ def test_the_record_tells_tensors_with_the_same_keys_apart(latents, ids: list[in
         assert not runs[0].same_run(runs[1].provenance, runs[1].query_ids)
 
 
+# Of Inductor itself, and of diffusers' version checks.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning", "ignore:Dynamo detected a call to a")
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["prompts", "classes"])
 def test_compiled_code_reads_the_conditions_of_each_batch(latents, network: str) -> None:
