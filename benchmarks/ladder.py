@@ -177,7 +177,7 @@ def _reference(workload: Workload, device: str) -> ReferenceLoop:
 def _jobs() -> list[Job]:
     return [
         Job(architecture, form, precision, models=2, queries=64, draws=draws, batch=64)
-        for architecture, draws in (("digits", 16), ("rgb32", 2))
+        for architecture, draws in (("digits", 8), ("rgb32", 2))
         for precision in ("float32", "bfloat16")
         for form in FORMS
     ]
