@@ -19,3 +19,14 @@ class BatchedUnavailableError(RuntimeError):
 
 class PrecisionError(ValueError):
     """Scores in the chosen precision are not those of float32; the message has the figures, and the ways out."""
+
+
+MENDABLE = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+    ImportError,
+    BackendUnavailableError,
+    BatchedUnavailableError,
+)
+"""What the user of a command can mend: it is said in one line, where anything else keeps its traceback."""

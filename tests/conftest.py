@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from guda_fast import _backends
+from guda_fast.cli import main
 
 # Triton reads this when a kernel is defined: without a GPU its interpreter runs them.
 if not torch.cuda.is_available():
@@ -31,6 +33,23 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         if instruction_set:
             stack.enter_context(_backends.use_instruction_set(instruction_set))
         yield name
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Runs a guda-fast command line in an empty folder; returns the exit status and everything it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["guda-fast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out + captured.err
+
+    return run
 
 
 @pytest.fixture

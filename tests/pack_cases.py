@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from guda_fast.deltas import Delta, Dense, LowRank
+from guda_fast.deltas import Delta, DeltaBank, Dense, LowRank
 from guda_fast.deltas.pack_format import text_hash
 from guda_fast.errors import CheckpointError
 
@@ -86,3 +86,17 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     text = json.dumps(pack)
     header["__metadata__"] |= {"pack": text, "hash": text_hash(text)}
     write_header(path, header, values)
+
+
+def states(bank: DeltaBank) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of every counterfactual."""
+    return {
+        group: {name: tensor.clone() for name, tensor in bank.apply(group).state_dict().items()}
+        for group in bank.groups
+    }
+
+
+def assert_same_models(one: DeltaBank, other: DeltaBank) -> None:
+    for group, state in states(other).items():
+        for name, tensor in one.apply(group).state_dict().items():
+            assert torch.equal(tensor, state[name]), (group, name)

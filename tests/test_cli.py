@@ -14,7 +14,6 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 import guda_fast as gf
-from guda_fast.cli import main
 from tiny import perturbed, tiny_unet
 
 
@@ -31,21 +30,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index, image in enumerate(pixels):
         Image.fromarray(image).save(folder / "queries" / f"{index}.png")
     return folder
-
-
-@pytest.fixture
-def run(files, tmp_path, monkeypatch, capsys):
-    """Runs a command line in an empty folder; returns the exit status and everything it printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["guda-fast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out + captured.err
-
-    return run
 
 
 def score_arguments(files: Path, *extra: object) -> list[object]:
@@ -228,7 +212,7 @@ def test_choices_after_a_path_and_their_replay(files, run, tmp_path, monkeypatch
         ("cat=x,weights=best", "--group: cat: Source: weights must be one of 'raw', 'ema', got 'best'"),
         ("cat=x,scale=1,scale=2", "cat: must have scale= once"),
         ("cat=,scale=1", "--group: must be NAME=PATH, got 'cat=,scale=1'"),
-        ("cat=x,fromat=partial", "x,fromat=partial: no such file or folder"),
+        ("cat=x,fromat=partial", "what follows a path must be one of format, weights, scale, variant, got 'fromat'"),
         ("cat=here,scale=1", "must say one thing, got 'cat=here,scale=1', whose choices are part of a file's name too"),
     ],
 )
@@ -255,3 +239,19 @@ def test_files_in_the_groups_folder_that_are_no_groups_are_named(files, run, tmp
     shutil.copy(tmp_path / "unlearned" / "dog.pth", tmp_path / "unlearned" / name)
     code, printed = run(*common)
     assert code == 1 and message in printed
+
+
+def test_a_misspelt_choice_after_a_path_is_named(files, run) -> None:
+    model = files / "unlearned" / "cat"
+    code, printed = run("score", files / "queries", "--base", files / "base", "--group", f"cat={model},wieghts=ema")
+    printed = " ".join(printed.split())
+    assert code == 1 and "what follows a path must be one of format, weights, scale, variant, got 'wieghts'" in printed
+
+
+def test_a_plan_that_cannot_run_is_said_in_one_line(files, run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable(*arguments: object, **options: object) -> None:
+        raise gf.BatchedUnavailableError("key 'x' must belong to a layer")
+
+    monkeypatch.setattr("guda_fast.forward.batched_plan.BatchedModel", unavailable)
+    code, printed = run(*score_arguments(files, "--plan", "batched"))
+    assert code == 1 and "guda-fast: error: key 'x' must belong to a layer" in printed and "Traceback" not in printed

@@ -13,7 +13,6 @@ from PIL import Image
 
 import guda_fast as gf
 from conditional import IMAGE, classed, prompted, save_pipeline
-from guda_fast.cli import main
 from tiny import perturbed
 
 PROMPTS = {"b.png": "a dog", "sub/a.png": "a cat", "c.png": "a dog"}
@@ -34,20 +33,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(path)
     return folder
-
-
-@pytest.fixture
-def run(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["guda-fast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out + captured.err
-
-    return run
 
 
 def written(path: Path, lines: list[dict[str, Any]]) -> Path:
@@ -106,7 +91,7 @@ def test_labels_of_a_model_of_pixels(files: Path, run: Any, tmp_path: Path) -> N
         ([{"file_name": "b.png", "label": 3}, {"file_name": "c.png", "prompt": "a"}], "labels, found label and prompt"),
         ([{"file_name": "b.png", "prompt": a} for a in ("a", "b")], "line 2: must be the only line for b.png, f"),
         ([], "must have prompts or labels, found no line"),
-        (["prompt"], "line 1: must be a JSON object, found str"),
+        (["prompt"], "line 1: must hold a JSON object, found str"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_joined_is_named(files: Path, run: Any, tmp_path: Path, lines: Any, message: str) -> None:
@@ -128,7 +113,7 @@ def test_a_missing_or_damaged_file_and_a_missing_part(files: Path, run: Any, tmp
     assert code == 1 and "cut.jsonl, line 1: must be JSON" in printed
     (tmp_path / "other.jsonl").write_bytes(b"\xff\xfe")
     code, printed = run(*arguments(files, "other.jsonl"))
-    assert code == 1 and "other.jsonl: must be a file of JSON lines in UTF-8" in printed
+    assert code == 1 and "other.jsonl, line 1: must be JSON in UTF-8" in printed
     lines = [{"file_name": name, "prompt": prompt} for name, prompt in PROMPTS.items()]
     code, printed = run(*arguments(files, written(tmp_path / "p.jsonl", lines), "--pipeline", files / "cubism"))
     assert code == 1 and "found 'UNet2DConditionModel'" in printed and "cubism must be a CLIPTextModel" in printed

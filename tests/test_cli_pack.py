@@ -12,7 +12,6 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 import guda_fast as gf
-from guda_fast.cli import main
 from tiny import perturbed, tiny_unet
 
 
@@ -29,21 +28,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index, image in enumerate(pixels):
         Image.fromarray(image).save(folder / "queries" / f"{index}.png")
     return folder
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Runs a command line in an empty folder; returns the exit status and everything it printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["guda-fast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out + captured.err
-
-    return run
 
 
 def test_build_append_and_score_give_what_the_folders_give(files, run) -> None:

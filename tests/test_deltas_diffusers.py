@@ -155,8 +155,8 @@ def test_configs_are_compared(base: torch.nn.Module, other: torch.nn.Module, tmp
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "config.json: cannot be read as JSON"),
-        ("\xff", "config.json: cannot be read as JSON"),
+        ("{", "config.json: must be JSON in UTF-8, found"),
+        ("\xff", "config.json: must be JSON in UTF-8, found"),
         ("[1]", "config.json: must hold a JSON object, found list"),
         (
             '{"_class_name": "OrderedDict"}',

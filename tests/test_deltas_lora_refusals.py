@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adapter_cases import State, conditional, read_lora, shapes
+from bounds import allowed_seconds
 from guda_fast.deltas.formats.lora import converted, is_lora
 from guda_fast.deltas.formats.state_dict import from_mapping
 from guda_fast.errors import CheckpointError
@@ -188,4 +189,5 @@ def test_ten_thousand_keys_take_under_a_second() -> None:
     names = {f"a.{i}.weight": (1, 1) for i in range(5000)}
     start = time.process_time()  # not of what else the machine does
     weights = converted(from_mapping(state, "g"), names)
-    assert len(weights.factors) == 5000 and time.process_time() - start < 1
+    seconds = time.process_time() - start
+    assert len(weights.factors) == 5000 and seconds < allowed_seconds()

@@ -55,7 +55,7 @@ def test_two_prompts_for_one_image_are_refused(tmp_path: Path) -> None:
     file = prompts(tmp_path / "prompts.jsonl", "a cat", "a cat")
     assert prompts_of([CAT], file) == ["a cat"]
     file = prompts(tmp_path / "prompts.jsonl", "a cat", "a cat", "a dog")
-    with pytest.raises(ValueError, match="lines 1 and 3 must have the same prompt, .* found 'a cat' and 'a dog'"):
+    with pytest.raises(ValueError, match="line 3: must have the prompt of .*, line 1, .* found 'a dog' and 'a cat'"):
         prompts_of([CAT], file)
 
 
@@ -70,7 +70,7 @@ def test_lines_of_conditions_end_there_too(tmp_path: Path) -> None:
     name = "a\u2028b.png"
     line = json.dumps({"file_name": name, "prompt": "a"}, ensure_ascii=False)
     (tmp_path / "conditions.jsonl").write_text(line + "\r\n", encoding="utf-8-sig")
-    assert conditioned(tmp_path / "images", tmp_path / "conditions.jsonl", tmp_path) == {"conditions": []}
+    assert conditioned(tmp_path / "images", tmp_path / "conditions.jsonl", tmp_path, None) == {"conditions": []}
 
 
 def test_a_step_has_one_checkpoint(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_wrong_options_and_files_are_named(folder, options, tmp_path, capsys) ->
         (["--image_dir", str(tmp_path / "no")], "--image_dir: must be a folder with one sub-folder a style"),
         (["--image_dir", str(folder / "model")], "--image_dir: must hold images <Style>/<Style>_<Object>.png"),
         (["--image_dir", str(tmp_path / "images")], "Cubism/Cat.png: must be called Cubism_<Object>.png"),
-        (["--eval_prompts_file", str(broken)], "broken.jsonl: line 1 must be a JSON object with style, object and"),
+        (["--eval_prompts_file", str(broken)], "broken.jsonl, line 1: must "),
         (["--eval_prompts_file", str(partial)], "partial.jsonl: must have the prompt of .*Blue_Ink_Cat.png"),
         (["--model", str(folder)], "--model: must hold the scheduler's configuration, found no file"),
         (["--min_timestep", "0"], "--min_timestep must be between 1 and 999, got 0"),

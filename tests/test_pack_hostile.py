@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bounds import allowed_seconds
 from guda_fast import DeltaBank, Pack, append_pack, build_pack
 from guda_fast.deltas import Part
 from guda_fast.deltas.pack_format import MAGIC, MAX_HEADER, text_hash
@@ -341,7 +342,8 @@ def test_the_largest_header_takes_less_than_a_second_and_little_memory(path: Pat
     begin = time.process_time()
     with pytest.raises(CheckpointError, match="key 'base' must be an object"):
         Pack.open(path)
-    assert time.process_time() - begin < 1
+    seconds = time.process_time() - begin
+    assert seconds < allowed_seconds()
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError):

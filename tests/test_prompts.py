@@ -197,5 +197,5 @@ def test_what_is_no_text_encoder(tmp_path) -> None:
     with pytest.raises(ValueError, match="must be a CLIPTextModel, .* found 'BertModel'"):
         gf.TextEncoder(tmp_path)
     config.write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: must be a configuration in JSON, found a damaged file"):
+    with pytest.raises(ValueError, match=r"config\.json: must be JSON in UTF-8, found a damaged file"):
         gf.TextEncoder(tmp_path)

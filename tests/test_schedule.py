@@ -128,7 +128,7 @@ def test_errors(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="found no such file"):
         Schedule.from_scheduler(tmp_path)
     (tmp_path / "scheduler_config.json").write_text('{"_class_name": "DDPM')
-    with pytest.raises(ValueError, match="scheduler_config.json must be JSON, found a damaged file"):
+    with pytest.raises(ValueError, match="scheduler_config.json: must be JSON in UTF-8, found a damaged file"):
         Schedule.from_scheduler(tmp_path)
 
 

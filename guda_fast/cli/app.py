@@ -12,7 +12,7 @@ from guda_fast.cli.demo import demo
 from guda_fast.cli.doctor import doctor
 from guda_fast.cli.pack import pack_app
 from guda_fast.cli.score import score
-from guda_fast.errors import BackendUnavailableError
+from guda_fast.errors import MENDABLE
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it; 1 is a failure, 2 a wrong use of the command line."""
@@ -48,7 +48,7 @@ def main() -> None:
     """Run the command line; what the user can mend is said in one line, anything else keeps its traceback."""
     try:
         app()
-    except (ValueError, OSError, FloatingPointError, ImportError, BackendUnavailableError) as error:
+    except MENDABLE as error:
         typer.echo(f"guda-fast: error: {error}", err=True)
         sys.exit(1)
     except SystemExit as stop:

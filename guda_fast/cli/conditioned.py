@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from guda_fast._json import read_lines
+
 _KINDS = ("prompt", "label")
 
 
-def conditioned(images: Path, conditions: Path | None, pipeline: Path) -> dict[str, Any]:
+def conditioned(images: Path, conditions: Path | None, pipeline: Path, device: str | None) -> dict[str, Any]:
     """The arguments ``conditions`` and ``latents`` of attribute().
 
     images: the folder of queries
     conditions: JSON lines with ``file_name``, relative to it, and ``prompt`` or ``label``; other files' are left out
     pipeline: the folder whose text encoder prompts need, and whose VAE, if it has one, images
+    device: of both [None: CUDA where there is one]
 
     Raises FileNotFoundError or ValueError naming the file and the line.
     """
@@ -25,13 +26,13 @@ def conditioned(images: Path, conditions: Path | None, pipeline: Path) -> dict[s
 
     given: dict[str, Any] = {}
     if (pipeline / "vae").is_dir():
-        given["latents"] = Latents(pipeline)
+        given["latents"] = Latents(pipeline, device=device)
     if conditions is not None:
-        given["conditions"] = _joined(images, conditions, pipeline)
+        given["conditions"] = _joined(images, conditions, pipeline, device)
     return given
 
 
-def _joined(images: Path, conditions: Path, pipeline: Path) -> Any:
+def _joined(images: Path, conditions: Path, pipeline: Path, device: str | None) -> Any:
     """The condition of each image, in the order of the queries."""
     from guda_fast.datasets.prompts import TextEncoder
     from guda_fast.datasets.queries import image_names
@@ -47,7 +48,7 @@ def _joined(images: Path, conditions: Path, pipeline: Path) -> Any:
     values = [found[name] for name in names]
     if kind == "label" or not values:
         return values
-    text = TextEncoder(pipeline)
+    text = TextEncoder(pipeline, device=device)
     with Image.open(images / names[0]) as first:
         width, height = first.size
     return text(values, size=(height, width) if text.takes_size else None)
@@ -58,7 +59,7 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"--conditions: must be a file of JSON lines, found no file {path}")
     kinds, found = set[str](), dict[str, Any]()
-    for where, line in _lines(path):
+    for where, line in read_lines(path):
         name, kind = line.get("file_name"), next((kind for kind in _KINDS if kind in line), "")
         value = line.get(kind)
         if not isinstance(name, str) or type(value) is not (int if kind == "label" else str):
@@ -71,20 +72,3 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
     if len(kinds) != 1:
         raise ValueError(f"{path}: must have prompts or labels, found {' and '.join(sorted(kinds)) or 'no line'}")
     return kinds.pop(), found
-
-
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        # Not at the other ends of lines that Unicode knows, which JSON has within a text.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: must be a file of JSON lines in UTF-8, found {error}") from error
-    for number, text in enumerate(lines, 1):
-        if text.strip():
-            try:
-                line = json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: must be JSON, found {error}") from error
-            if not isinstance(line, dict):
-                raise ValueError(f"{path}, line {number}: must be a JSON object, found {type(line).__name__}")
-            yield f"{path}, line {number}", line

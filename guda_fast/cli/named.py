@@ -36,6 +36,12 @@ def named_sources(entries: Iterable[str], option: str) -> dict[str, Source]:
             raise ValueError(
                 f"{option}: must say one thing, got {entry!r}, whose choices are part of a file's name too"
             )
+        _, comma, last = path.rpartition(",")
+        word, separator, _ = last.partition("=")
+        if comma and separator and not Path(path).exists():
+            raise ValueError(
+                f"{option}: what follows a path must be one of {', '.join(_CHOICES)}, got {word!r} in {entry!r}"
+            )
         try:
             given: dict[str, Any] = {
                 choice: float(value) if choice == "scale" else value for choice, value in choices.items()

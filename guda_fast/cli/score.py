@@ -97,7 +97,7 @@ def score(
         antithetic=antithetic,
         seed=seed,
     )
-    given = conditioned(queries, conditions, pipeline or base)
+    given = conditioned(queries, conditions, pipeline or base, device)
     how: Any = {field.name: context.params[field.name] for field in fields(Execution)}
     if dry_run:
         from guda_fast.cli.cost import print_cost

@@ -29,18 +29,6 @@ def component(where: str, folder: str | os.PathLike[str], name: str) -> Path:
     )
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """``config.json`` of a folder. Raises ValueError naming a file that is damaged."""
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: must be a configuration in JSON, found a damaged file ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: must hold a JSON object, found {type(config).__name__}")
-    return config
-
-
 def frozen(model: nn.Module, device: torch.device | str | None) -> nn.Module:
     """The model in float32 for inference, on a device [CUDA where there is one]."""
     if device is None:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from guda_fast._json import read_object
 from guda_fast._validate import check_int, describe
-from guda_fast.datasets.encoders import component, frozen, networks_hash, read_config
+from guda_fast.datasets.encoders import component, frozen, networks_hash
 from guda_fast.forward.batched_plan import free_bytes
 from guda_fast.forward.conditions import Conditions, flat, map_tensors
 
@@ -206,7 +207,7 @@ def _load(folder: Path, device: torch.device | str | None) -> list[_Encoder]:
         tokens = path.parent / path.name.replace("text_encoder", "tokenizer")
         if not tokens.is_dir():
             raise FileNotFoundError(f"TextEncoder: {folder} must hold the tokenizer of {path.name}, found no {tokens}")
-        config = read_config(path)
+        config = read_object(path / "config.json")
         architectures: Any = config.get("architectures") or [config.get("_class_name")]
         kind = architectures[0]
         if kind not in (_PLAIN, _PROJECTED, _T5):

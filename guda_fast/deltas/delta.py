@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -110,6 +110,27 @@ class Delta:
     def bytes(self) -> int:
         """The memory that the parts take."""
         return sum(part_bytes(part) for part in self.parts.values())
+
+
+class LazyParts(Mapping[str, Part]):
+    """Parts that are read whenever they are asked for; none is kept, so that walking through them needs memory for one.
+
+    support: gives the names. read: gives the part of a name
+    """
+
+    def __init__(self, support: Callable[[], Collection[str]], read: Callable[[str], Part]) -> None:
+        self._support, self._read = support, read
+
+    def __getitem__(self, name: str) -> Part:
+        if name not in self._support():
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._support())
+
+    def __len__(self) -> int:
+        return len(self._support())
 
 
 def part_bytes(part: Part) -> int:

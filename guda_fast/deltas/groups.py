@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import cast
 
 from guda_fast.deltas.base import Base
-from guda_fast.deltas.delta import Delta, Part
+from guda_fast.deltas.delta import Delta, LazyParts, Part
 from guda_fast.deltas.diff import differences, fitted, fitting
 from guda_fast.deltas.resident import ResidentModel
 from guda_fast.deltas.sources import Openable, SourceLike, open_source, resolved
@@ -79,7 +79,8 @@ class FileGroup:
 
         support: gives the names of the parts
         """
-        return Delta(_FileParts(self, support), self.origin)
+        opened = cache(self.open)  # once, however many parts are asked for
+        return Delta(LazyParts(support, lambda name: self.part(opened(), name)), self.origin)
 
     def lay_out(self) -> None:
         """Nothing to do: parts are formed in the layout of the resident model."""
@@ -113,29 +114,6 @@ class FileGroup:
             self.check_unchanged()  # says more than what is wrong with half a file
             raise
         self.check_unchanged()
-
-
-class _FileParts(Mapping[str, Part]):
-    """The parts of a counterfactual in files; none is kept, so that walking through them needs memory for one."""
-
-    def __init__(self, group: FileGroup, support: Callable[[], Collection[str]]) -> None:
-        self._group = group
-        self._support = support
-
-    @cached_property
-    def _weights(self) -> Weights:
-        return self._group.open()
-
-    def __getitem__(self, name: str) -> Part:
-        if name not in self._support():
-            raise KeyError(name)
-        return self._group.part(self._weights, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._support())
-
-    def __len__(self) -> int:
-        return len(self._support())
 
 
 Group = HeldGroup | FileGroup

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from guda_fast._validate import check_choice
 from guda_fast.deltas.base import Base
-from guda_fast.deltas.delta import Delta, Part, TensorHash
+from guda_fast.deltas.delta import Delta, LazyParts, Part, TensorHash
 from guda_fast.deltas.diff import BaseTensor
 from guda_fast.deltas.formats.diffusers import check_config
 from guda_fast.deltas.pack_file import PackFile, Shard
@@ -160,7 +160,9 @@ class Pack:
 
     def delta(self, group: str) -> Delta:
         """The delta of a group, each part of which is read whenever it is asked for."""
-        return Delta(_LazyParts(self[group].survey.support, lambda only: self.parts(group, only)), self[group].origin)
+        packed = self[group]
+        parts = LazyParts(lambda: packed.survey.support, lambda name: dict(self.parts(group, (name,)))[name])
+        return Delta(parts, packed.origin)
 
     def verify(self, group: str) -> None:
         """Read all of a group, and compare it with its hash; CheckpointError where it is another."""
@@ -232,26 +234,7 @@ class PackGroup:
 
     def delta(self, support: Callable[[], Collection[str]]) -> Delta:
         """The delta, each part of which is read whenever it is asked for."""
-        return Delta(_LazyParts(self.survey.support, self.parts), self.origin)
+        return Delta(LazyParts(lambda: self.survey.support, lambda name: dict(self.parts((name,)))[name]), self.origin)
 
     def lay_out(self) -> None:
         """Nothing to do: parts are formed in the layout of the resident model."""
-
-
-class _LazyParts(Mapping[str, Part]):
-    """The parts of a group in a pack; none is kept."""
-
-    def __init__(self, support: Collection[str], read: Callable[[Collection[str]], Iterable[tuple[str, Part]]]) -> None:
-        self._support = support
-        self._read = read
-
-    def __getitem__(self, name: str) -> Part:
-        if name not in self._support:
-            raise KeyError(name)
-        return dict(self._read((name,)))[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._support)
-
-    def __len__(self) -> int:
-        return len(self._support)

@@ -32,6 +32,7 @@ from guda_fast.deltas.pack_format import (
     tensor_keys,
     text_hash,
 )
+from guda_fast.deltas.reading import read_tensor
 from guda_fast.errors import CheckpointError
 
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -96,18 +97,9 @@ class PackFile:
     def row(self, descriptor: int, key: str, row: int) -> torch.Tensor:
         """One group's tensor of a stack, whose dtype torch has; no other byte of the values is read."""
         stack = self.stacks[key]
-        # On the CPU, whatever torch's default device is.
-        tensor = torch.empty(stack.shape[1:], dtype=STORED[stack.dtype], device="cpu")
-        rest, start = _bytes(tensor), stack.start + row * tensor.nbytes
-        while rest:
-            try:
-                count = os.preadv(descriptor, [rest], start)
-            except OSError as error:
-                raise CheckpointError(f"{self.path}: key {key!r} cannot be read: {error}") from error
-            if count == 0:
-                raise CheckpointError(f"{self.path}: key {key!r} cannot be read: the file was cut off")
-            start, rest = start + count, rest[count:]
-        return tensor
+        shape, dtype = stack.shape[1:], STORED[stack.dtype]
+        start = stack.start + row * _numel(shape) * dtype.itemsize
+        return read_tensor(descriptor, self.path, key, start, shape, dtype)
 
     def _same(self, path: Path) -> int | None:
         """A descriptor of the file whose header was read, if it has this name."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -24,8 +24,7 @@ from guda_fast.errors import CheckpointError
 Openable = str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module
 Given = Openable | Delta | Pack
 Format = Literal["diffusers", "state_dict", "partial", "peft", "lora", "ema", "compvis", "pack"]
-FORMATS = ("diffusers", "state_dict", "partial", "peft", "lora", "ema", "compvis", "pack")
-WEIGHTS = ("raw", "ema")
+Kept = Literal["raw", "ema"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +48,7 @@ class Source:
     what: Given | Callable[[], Given]
     _: KW_ONLY
     format: Format | None = None
-    weights: Literal["raw", "ema"] | None = None
+    weights: Kept | None = None
     scale: float = 1.0
     variant: str | None = None
 
@@ -57,9 +56,9 @@ class Source:
         if not isinstance(self.what, _TYPES) and not callable(self.what):
             raise TypeError(f"Source: what must be {_KINDS}, got {describe(self.what)}")
         if self.format is not None:
-            check_choice("Source", "format", self.format, FORMATS)
+            check_choice("Source", "format", self.format, get_args(Format))
         if self.weights is not None:
-            check_choice("Source", "weights", self.weights, WEIGHTS)
+            check_choice("Source", "weights", self.weights, get_args(Kept))
         check_real("Source", "scale", self.scale, -1e6, 1e6)
         if self.variant is not None and not isinstance(self.variant, str):
             raise TypeError(f"Source: variant must be a string or None, got {describe(self.variant)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from guda_fast._json import read_object
 from guda_fast._validate import check_choice, describe
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -206,13 +206,7 @@ def read_config(path: Path) -> Mapping[str, Any]:
     file = path / "scheduler_config.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"Schedule: {file} must be a scheduler configuration, found no such file")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"Schedule: {file} must be JSON, found a damaged file ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"Schedule: {file} must hold a JSON object, found {describe(config)}")
-    return config
+    return read_object(file)
 
 
 def _build_scheduler(config: Mapping[str, Any]) -> Scheduler:

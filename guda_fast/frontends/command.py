@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from guda_fast.errors import BackendUnavailableError, BatchedUnavailableError
+from guda_fast.errors import MENDABLE
 from guda_fast.forward import PLANS, Choice
 from guda_fast.prepare import Execution, Prepared
 
@@ -100,14 +100,7 @@ def run(program: str, main: Callable[[], None]) -> None:
     """Run a command; what the user can mend is said in one line, anything else keeps its traceback."""
     try:
         main()
-    except (
-        ValueError,
-        OSError,
-        FloatingPointError,
-        ImportError,
-        BackendUnavailableError,
-        BatchedUnavailableError,
-    ) as error:
+    except MENDABLE as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from guda_fast._files import atomic_write
+from guda_fast._json import read_lines
 from guda_fast.diffusion.schedule import FloatArray
 
 
@@ -48,25 +48,16 @@ def prompts_of(images: Sequence[StyledImage], file: Path) -> list[str]:
 
     Raises FileNotFoundError, or ValueError naming the file with the line that is damaged or the image without prompt.
     """
-    prompts: dict[tuple[str, str], tuple[str, int]] = {}
-    # Not at the other ends of lines that Unicode knows, which JSON has within a text.
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            values = [entry[key] for key in ("style", "object", "prompt")]
-        except (ValueError, TypeError, KeyError) as error:
+    prompts: dict[tuple[str, str], tuple[str, str]] = {}
+    for where, line in read_lines(file):
+        style, thing, text = (line.get(key) for key in ("style", "object", "prompt"))
+        if not (isinstance(style, str) and isinstance(thing, str) and isinstance(text, str)):
+            raise ValueError(f"{where}: must have style, object and prompt, each a text, found {line}")
+        prompt, first = prompts.setdefault(_key(style, thing), (text, where))
+        if prompt != text:
             raise ValueError(
-                f"{file}: line {number} must be a JSON object with style, object and prompt, found {line[:80]!r}"
-            ) from error
-        if not all(isinstance(value, str) for value in values):
-            raise ValueError(f"{file}: line {number} must have text as style, object and prompt, found {line[:80]!r}")
-        prompt, first = prompts.setdefault(_key(values[0], values[1]), (values[2], number))
-        if prompt != values[2]:
-            raise ValueError(
-                f"{file}: lines {first} and {number} must have the same prompt, as both are of style {values[0]!r} "
-                f"and object {values[1]!r}, found {prompt!r} and {values[2]!r}"
+                f"{where}: must have the prompt of {first}, as both are of style {style!r} and object {thing!r}, found "
+                f"{text!r} and {prompt!r}"
             )
     for image in images:
         if _key(image.style, image.object) not in prompts:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from guda_fast._json import read_object
 from guda_fast.deltas.formats.state_dict import open_file
 from guda_fast.deltas.weights import Entry, Weights
 from guda_fast.errors import CheckpointError
@@ -167,12 +168,11 @@ def check_config(base: Mapping[str, Any], model_class: type, weights: Weights) -
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, found {type(content).__name__}")
-    return content
+        return read_object(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _item(config: Mapping[str, Any], key: str) -> str:

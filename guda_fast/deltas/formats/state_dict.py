@@ -16,6 +16,7 @@ from zipfile import ZIP_STORED, ZipFile
 import torch
 from safetensors import SafetensorError, safe_open
 
+from guda_fast.deltas.reading import read_tensor
 from guda_fast.deltas.weights import CONTAINERS, Entry, Weights, entry_of
 from guda_fast.errors import CheckpointError
 
@@ -148,18 +149,7 @@ class _OpenFile:
 
     def tensor(self, key: str, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The tensor whose bytes begin at ``start``."""
-        # On the CPU, whatever torch's default device is.
-        tensor = torch.empty(shape, dtype=dtype, device="cpu")
-        rest = tensor.view(-1).view(torch.uint8).numpy().data
-        while rest:
-            try:
-                count = os.preadv(self._descriptor, [rest], start)
-            except OSError as error:
-                raise CheckpointError(f"{self._path}: key {key!r} cannot be read: {error}") from error
-            if count == 0:
-                raise CheckpointError(f"{self._path}: key {key!r} cannot be read: the file was cut off")
-            start, rest = start + count, rest[count:]
-        return tensor
+        return read_tensor(self._descriptor, self._path, key, start, shape, dtype)
 
 
 def _open_safetensors(path: Path) -> Weights:
