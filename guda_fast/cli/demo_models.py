@@ -13,9 +13,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from guda_fast.counterfactuals import DenoisingObjective, ReTrackObjective, TrainConfig, TrainResult, train
+from guda_fast.counterfactuals import DenoisingObjective, Objective, ReTrackObjective, TrainConfig, TrainResult, train
 from guda_fast.counterfactuals.runs import finished, save_run
-from guda_fast.counterfactuals.trainer import Objective
 from guda_fast.datasets import GroupedImages
 from guda_fast.diffusion import Schedule
 
@@ -108,7 +107,7 @@ class ModelStages:
 
     def base(self) -> Path:
         """The full-data model, as a diffusers pipeline folder."""
-        runs = [("base", self._retained(self.data.images))]
+        runs = [("base", self._without(None))]
         self._train(runs, digits_unet(self.recipe.seed), self.recipe.from_scratch(), {"objective": "denoising"})
         return self.folder / "base"
 
@@ -125,15 +124,12 @@ class ModelStages:
         self._train(runs, self.load_base(), self.recipe.unlearning(), settings)
         return {group: self.folder / "unlearned" / group for group in self.data.groups}
 
-    def _retained(self, images: torch.Tensor) -> Callable[[], Objective]:
-        return lambda: DenoisingObjective(images, self.schedule, BATCH_SIZE)
-
-    def _without(self, group: str) -> Callable[[], Objective]:
-        return lambda: DenoisingObjective(self.data.without(group), self.schedule, BATCH_SIZE)
+    def _without(self, group: str | None) -> Callable[[], Objective]:
+        index = None if group is None else self.data.rest(group)
+        return lambda: DenoisingObjective(self.data, self.schedule, index, batch_size=BATCH_SIZE)
 
     def _retrack(self, group: str) -> Callable[[], Objective]:
-        forget, retain = self.data.only(group), self.data.without(group)
-        return lambda: ReTrackObjective(forget, retain, self.schedule, batch_size=BATCH_SIZE, **RETRACK)
+        return lambda: ReTrackObjective(self.data, group, self.schedule, batch_size=BATCH_SIZE, **RETRACK)
 
     def _train(
         self,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from guda_fast._validate import check_int, check_real, check_tensor
-from guda_fast.counterfactuals.trainer import DenoisingObjective, Noising, per_image, predict
+from guda_fast._validate import check_int, check_real
+from guda_fast.counterfactuals.noising import per_image
+from guda_fast.counterfactuals.objective import Batch, DenoisingObjective, Rows, condition_of
+from guda_fast.datasets.grouped import GroupedImages
 from guda_fast.diffusion.schedule import Schedule
 
 _DISTANCE_BLOCK_BYTES = 2**26
@@ -22,55 +24,50 @@ class ReTrackObjective:
 
     and L_forget is the mean squared error of the noise prediction to that target: the noise that explains
     x_t by retain data. L_retain is the ordinary loss. The target has no bound as t goes to 0, so train with
-    a clipped gradient. Neighbours are found once, by Euclidean distance on pixels, and both halves of a step
-    share one forward.
+    a clipped gradient. Neighbours are found once, by Euclidean distance on pixels.
 
-    forget: D_k [(N_k, C, H, W), float32]. retain: D_r [(N_r, C, H, W), float32].
-    schedule: must predict epsilon. batch_size: forget images, and again retain images, a step [>= 1].
-    neighbours: K [1..N_r]. weight: lambda [>= 0].
+    data: images and groups. group: the one to forget. schedule: must predict epsilon.
+    batch_size: forget images, and again retain images, a step [>= 1].
+    neighbours: K [1..N_r]. weight: lambda [>= 0]. retain: see ``DenoisingObjective``.
 
     Raises TypeError or ValueError naming the argument. Source: GUDA (arXiv 2601.22651), GUDA-U.
     """
 
+    retain_weight, forget_share = 1.0, None
+
     def __init__(
         self,
-        forget: Tensor,
-        retain: Tensor,
+        data: GroupedImages,
+        group: str,
         schedule: Schedule,
         *,
         batch_size: int = 64,
         neighbours: int = 10,
         weight: float = 0.3,
+        retain: str = "standard",
     ) -> None:
-        check_int("ReTrackObjective", "batch_size", batch_size, 1)
-        check_tensor("ReTrackObjective", "forget", forget, shape=(None,) * 4, dtypes=(torch.float32,))
-        check_tensor("ReTrackObjective", "retain", retain, shape=(None, *forget.shape[1:]), dtypes=(torch.float32,))
-        check_int("ReTrackObjective", "neighbours", neighbours, 1, len(retain))
-        self.weight = check_real("ReTrackObjective", "weight", weight, 0)
-        if len(forget) == 0:
-            raise ValueError("ReTrackObjective: forget must hold at least one image, got none")
+        where = "ReTrackObjective"
+        self.forget, rest = data.group(group), data.rest(group)
+        check_int(where, "neighbours", neighbours, 1, len(rest))
+        self.forget_weight = check_real(where, "weight", weight, 0)
         if schedule.prediction_type != "epsilon":
-            raise ValueError(f"ReTrackObjective: schedule must predict epsilon, got {schedule.prediction_type!r}")
-        self.forget, self.retain = forget, retain
-        self.neighbours = nearest_neighbours(forget, retain, neighbours)
-        self.retain_objective = DenoisingObjective(retain, schedule, batch_size)
-        self.noising = Noising(schedule)
+            raise ValueError(f"{where}: schedule must predict epsilon, got {schedule.prediction_type!r}")
+        self.retain = DenoisingObjective(data, schedule, rest, batch_size=batch_size, retain=retain)
+        self.data, self.conditions = data, data.conditions
+        self.neighbours = rest[nearest_neighbours(data.take(self.forget), data.take(rest), neighbours)]
 
-    def __call__(self, model: nn.Module, generator: torch.Generator) -> Tensor:
-        x_r, t_r, target_r = self.retain_objective.batch(generator)
-        x_f, t_f, target_f = self._forget_batch(generator)
-        prediction = predict(model, torch.cat([x_r, x_f]), torch.cat([t_r, t_f]), x_r.shape[1])
-        retain, forget = prediction.split([len(x_r), len(x_f)])
-        loss: Tensor = (retain - target_r).square().mean() + self.weight * (forget - target_f).square().mean()
-        return loss
+    def draw(self, generator: torch.Generator) -> Batch:
+        """The rows of a fresh step."""
+        return Batch(self.retain.rows(generator), self._forget_rows(generator))
 
-    def _forget_batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        index = torch.randint(len(self.forget), (self.retain_objective.batch_size,), generator=generator)
-        x0 = self.forget[index]
-        t, eps = self.noising.sample(x0, generator)
-        x_t = self.noising.noise(x0, eps, t)
-        neighbours = self.retain[self.neighbours[index]]
-        return x_t, t, retrack_target(x_t, neighbours, self.noising.x0_scale[t], self.noising.eps_scale[t])
+    def _forget_rows(self, generator: torch.Generator) -> Rows:
+        drawn = torch.randint(len(self.forget), (self.retain.batch_size,), generator=generator)
+        x0, noising = self.data.take(self.forget[drawn]), self.retain.noising
+        t, eps = noising.sample(x0, generator)
+        x_t = noising.noise(x0, eps, t)
+        neighbours = self.data.take(self.neighbours[drawn].flatten()).unflatten(0, (len(drawn), -1))
+        target = retrack_target(x_t, neighbours, noising.x0_scale[t], noising.eps_scale[t])
+        return Rows(x_t, t, condition_of(self.data, self.forget[drawn]), target)
 
 
 def retrack_target(x_t: Tensor, neighbours: Tensor, x0_scale: Tensor, eps_scale: Tensor) -> Tensor:

@@ -11,11 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from guda_fast._validate import check_choice, check_int, check_real, check_tensor
-from guda_fast.diffusion.schedule import Schedule
-
-Objective = Callable[[nn.Module, torch.Generator], Tensor]
-"""Draws a batch with the generator and returns the scalar loss to minimise."""
+from guda_fast._validate import check_choice, check_int, check_real
+from guda_fast.counterfactuals.objective import FromBase, Objective, Rows
 
 ProgressCallback = Callable[[int, int], object]
 """Called with (steps done, steps in all)."""
@@ -95,7 +92,7 @@ def train(
     generator = torch.Generator().manual_seed(config.seed)
     losses = []
     for step in range(config.steps):
-        loss = objective(student, generator)
+        loss = _loss(student, model, objective, generator)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"train: the loss must stay finite, got {losses[-1]} at step {step}")
@@ -123,63 +120,26 @@ def _update_average(average: nn.Module, student: nn.Module, decay: float) -> Non
         kept.copy_(new)
 
 
-class DenoisingObjective:
-    """The ordinary loss, the mean squared error of the model's own prediction at uniform timesteps.
-
-    images: [(N, C, H, W), float32, in [-1, 1]]. schedule: noise scales and prediction type.
-    batch_size: images a step [>= 1]. Source: Ho et al. 2020, eq. 14.
-    """
-
-    def __init__(self, images: Tensor, schedule: Schedule, batch_size: int = 64) -> None:
-        check_int("DenoisingObjective", "batch_size", batch_size, 1)
-        check_tensor("DenoisingObjective", "images", images, shape=(None,) * 4, dtypes=(torch.float32,))
-        if len(images) == 0:
-            raise ValueError("DenoisingObjective: images must hold at least one image, got none")
-        self.images = images
-        self.batch_size = batch_size
-        self.noising = Noising(schedule)
-
-    def __call__(self, model: nn.Module, generator: torch.Generator) -> Tensor:
-        x_t, t, target = self.batch(generator)
-        return (predict(model, x_t, t, target.shape[1]) - target).square().mean()
-
-    def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Noised images, their timesteps and the targets of a fresh batch."""
-        x0 = self.images[torch.randint(len(self.images), (self.batch_size,), generator=generator)]
-        t, eps = self.noising.sample(x0, generator)
-        return self.noising.noise(x0, eps, t), t, self.noising.target(x0, eps, t)
+def _loss(student: nn.Module, base: nn.Module, objective: Objective, generator: torch.Generator) -> Tensor:
+    batch = objective.draw(generator)
+    parts = [rows for rows in (batch.retain, batch.forget) if rows is not None]
+    x_t, t = torch.cat([rows.x_t for rows in parts]), torch.cat([rows.t for rows in parts])
+    predictions = _predict(student, x_t, t).split([len(rows.t) for rows in parts])
+    weights = (objective.retain_weight, objective.forget_weight)
+    losses = [
+        weight * (prediction - _target(base, rows)).square().mean()
+        for weight, prediction, rows in zip(weights, predictions, parts, strict=False)
+    ]
+    return torch.stack(losses).sum()
 
 
-class Noising:
-    """Timesteps, noise, x_t and targets of training batches, from float32 tables of the schedule."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        steps = range(len(schedule))
-        self.timesteps = len(schedule)
-        self.x0_scale, self.eps_scale = (torch.from_numpy(scale).float() for scale in schedule.scales(steps))
-        self.target_scales = [torch.from_numpy(scale).float() for scale in schedule.target_scales(steps)]
-
-    def sample(self, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Uniform timesteps [(B,), int64] and normal noise [(B, C, H, W), float32] for x0."""
-        t = torch.randint(self.timesteps, (len(x0),), generator=generator)
-        return t, torch.randn(x0.shape, generator=generator)
-
-    def noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t [(B, C, H, W), float32]."""
-        return per_image(self.x0_scale[t]) * x0 + per_image(self.eps_scale[t]) * eps
-
-    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the model should predict for x_t [(B, C, H, W), float32]."""
-        x0_scale, eps_scale = self.target_scales
-        return per_image(x0_scale[t]) * x0 + per_image(eps_scale[t]) * eps
+def _target(base: nn.Module, rows: Rows) -> Tensor:
+    if isinstance(rows.target, FromBase):
+        raise NotImplementedError
+    return rows.target
 
 
-def per_image(values: Tensor) -> Tensor:
-    """One factor an image, shaped to multiply (B, C, H, W)."""
-    return values[:, None, None, None]
-
-
-def predict(model: nn.Module, x_t: Tensor, t: Tensor, channels: int) -> Tensor:
+def _predict(model: nn.Module, x_t: Tensor, t: Tensor) -> Tensor:
     """The model's prediction, without variance channels if it has any [(B, C, H, W)]."""
     prediction: Tensor = model(x_t, t, return_dict=False)[0]
-    return prediction[:, :channels]
+    return prediction[:, : x_t.shape[1]]

@@ -22,4 +22,4 @@ def load_digits() -> GroupedImages:
         raise ImportError("the digits come with scikit-learn: pip install 'guda_fast[demo]'") from error
     data = datasets.load_digits()
     images = torch.from_numpy(data.images).float()[:, None] / 8 - 1
-    return GroupedImages(images, torch.from_numpy(data.target).long(), tuple(str(digit) for digit in range(10)))
+    return GroupedImages.by_label(images, torch.from_numpy(data.target).long(), [str(digit) for digit in range(10)])

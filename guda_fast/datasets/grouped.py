@@ -1,70 +1,97 @@
-"""Images with a group each: what base, LOGO and unlearning runs are trained on."""
+"""Images with the groups that they belong to: what base, LOGO and unlearning runs are trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from guda_fast._validate import check_tensor, describe
+from guda_fast._validate import check_index_range, check_tensor, describe
+from guda_fast.forward.conditions import Conditions
+
+_WHERE = "GroupedImages"
 
 
 @dataclass(frozen=True, eq=False)
 class GroupedImages:
-    """Training images and the group of each.
+    """Training images, the groups that they belong to, and what each is conditioned on.
 
-    images: [(N, C, H, W), float32, in [-1, 1]].
-    labels: index into ``groups`` [(N,), int64].
-    groups: distinct names.
+    images: [(N, C, H, W), float32 in [-1, 1], or uint8 in 0..255 to save memory]
+    members: which images each group has, by its name; groups may overlap, and need not have all images
+        [(N_k,) each: int64, rising, N_k >= 1]
+    conditions: of each image, for conditional models [None for unconditional ones]
 
-    Raises TypeError or ValueError naming the argument; a group without images is an error.
+    Raises TypeError or ValueError naming the argument.
 
-    >>> data = GroupedImages(torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 1]), ("cat", "dog"))
-    >>> len(data.only("dog")), len(data.without("dog"))
-    (2, 1)
+    >>> members = {"cat": torch.tensor([0]), "dog": torch.tensor([1, 2])}
+    >>> data = GroupedImages(torch.zeros(3, 1, 8, 8), members)
+    >>> len(data), data.counts(), data.rest("dog")
+    (3, {'cat': 1, 'dog': 2}, tensor([0]))
     """
 
     images: Tensor
-    labels: Tensor
-    groups: tuple[str, ...]
+    members: Mapping[str, Tensor]
+    conditions: Conditions | None = None
 
     def __post_init__(self) -> None:
-        where = "GroupedImages"
-        check_tensor(where, "images", self.images, shape=(None,) * 4, dtypes=(torch.float32,))
-        check_tensor(where, "labels", self.labels, shape=(len(self.images),), dtypes=(torch.int64,))
-        if len(set(self.groups)) != len(self.groups):
-            raise ValueError(f"{where}: groups must be distinct names, got {describe(self.groups)}")
-        if not bool(torch.isfinite(self.images).all()):
-            raise ValueError(f"{where}: images must be finite, got NaN or infinity")
-        if len(self.labels) and not (int(self.labels.min()) >= 0 and int(self.labels.max()) < len(self.groups)):
-            raise ValueError(f"{where}: labels must be between 0 and {len(self.groups) - 1}")
-        for group, count in zip(self.groups, self.counts(), strict=True):
-            if count == 0:
-                raise ValueError(f"{where}: every group must have images, got none for {group!r}")
+        check_tensor(_WHERE, "images", self.images, shape=(None,) * 4, dtypes=(torch.float32, torch.uint8))
+        if self.images.is_floating_point() and not bool(torch.isfinite(self.images).all()):
+            raise ValueError(f"{_WHERE}: images must be finite, got NaN or infinity")
+        for group, index in self.members.items():
+            name = f"members[{group!r}]"
+            check_tensor(_WHERE, name, index, shape=(None,), dtypes=(torch.int64,))
+            if len(index) == 0:
+                raise ValueError(f"{_WHERE}: every group must have images, got none for {group!r}")
+            check_index_range(_WHERE, name, index, len(self.images) - 1)
+            if not bool((index[1:] > index[:-1]).all()):
+                raise ValueError(f"{_WHERE}: {name} must rise, got {describe(index)}")
+        if self.conditions is not None and len(self.conditions) != len(self.images):
+            raise ValueError(f"{_WHERE}: conditions must be those of {len(self)} images, got {len(self.conditions)}")
+
+    @classmethod
+    def by_label(
+        cls, images: Tensor, labels: Tensor, groups: Sequence[str], conditions: Conditions | None = None
+    ) -> GroupedImages:
+        """Groups that do not overlap, and have all images.
+
+        labels: index into ``groups`` [(N,), int64]. groups: distinct names [K].
+        """
+        check_tensor(_WHERE, "labels", labels, shape=(len(images),), dtypes=(torch.int64,))
+        check_index_range(_WHERE, "labels", labels, len(groups) - 1)
+        if len(set(groups)) != len(groups):
+            raise ValueError(f"{_WHERE}: groups must be distinct names, got {describe(tuple(groups))}")
+        members = {group: (labels == k).nonzero().squeeze(1) for k, group in enumerate(groups)}
+        return cls(images, members, conditions)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def counts(self) -> Sequence[int]:
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The names, in order."""
+        return tuple(self.members)
+
+    def counts(self) -> dict[str, int]:
         """Images in each group."""
-        counts: list[int] = torch.bincount(self.labels, minlength=len(self.groups)).tolist()
-        return counts
+        return {group: len(index) for group, index in self.members.items()}
 
-    def only(self, group: str) -> Tensor:
-        """The images of one group, D_k [(N_k, C, H, W)]."""
-        return self.images[self.labels == self.index(group)]
+    def take(self, index: Tensor) -> Tensor:
+        """Some of the images [(B, C, H, W), float32, in [-1, 1]]. index: [(B,), int64]."""
+        images = self.images[index]
+        return images if images.is_floating_point() else images.float() / 127.5 - 1
 
-    def without(self, group: str) -> Tensor:
-        """The images of all other groups, D_r [(N - N_k, C, H, W)]; ValueError if there are none."""
-        rest = self.images[self.labels != self.index(group)]
-        if len(rest) == 0:
-            raise ValueError(f"GroupedImages: group {group!r} holds all {len(self)} images, nothing remains without it")
-        return rest
+    def group(self, name: str) -> Tensor:
+        """The images of one group, D_k [(N_k,), int64, rising]; ValueError naming the choices."""
+        if name not in self.members:
+            raise ValueError(f"{_WHERE}: group must be one of {', '.join(self.members)}, got {name!r}")
+        return self.members[name]
 
-    def index(self, group: str) -> int:
-        """The index of a group name, or ValueError naming the choices."""
-        if group not in self.groups:
-            raise ValueError(f"GroupedImages: group must be one of {', '.join(self.groups)}, got {group!r}")
-        return self.groups.index(group)
+    def rest(self, name: str) -> Tensor:
+        """All other images, D_r [(N - N_k,), int64, rising]; ValueError if there are none."""
+        kept = torch.ones(len(self), dtype=torch.bool)
+        kept[self.group(name)] = False
+        if not bool(kept.any()):
+            raise ValueError(f"{_WHERE}: group {name!r} holds all {len(self)} images, nothing remains without it")
+        return kept.nonzero().squeeze(1)
