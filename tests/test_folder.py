@@ -109,7 +109,9 @@ def test_prompts_are_embedded_with_what_is_left_of_them(folder: Path) -> None:
     assert [conditions.keys[row] for row in conditions.row.tolist()] == prompts
     left = {key: conditions.keys[row] for key, row in zip(conditions.keys, data.removed.tolist(), strict=True)}
     assert left == {
-        **{"a cat ink": "a cat", "a cat oil": "a cat", "a dog ink": "a dog"},
+        "a cat ink": "a cat",
+        "a cat oil": "a cat",
+        "a dog ink": "a dog",
         **{prompt: prompt for prompt in ("a dog", "a cat", "")},
     }
     assert data.null is not None and conditions.keys[data.null] == ""
@@ -133,13 +135,13 @@ def test_prompts_need_a_text_encoder(folder: Path) -> None:
         (['{"label": 1}'], "line 1: must have file_name, an image below .*, found None"),
         (['{"file_name": "cat/none.png"}'], "line 1: must have file_name, an image below .*, found 'cat/none.png'"),
         (['{"file_name": "cat/a.png"}'] * 2, "line 2: must be the only line for cat/a.png, found another"),
-        (['{"file_name": "cat/a.png", "label": true}'], "line 1: must have label, an integer of at least 0, found True"),
+        (['{"file_name": "cat/a.png", "label": true}'], "must have label, an integer of at least 0, found True"),
         (['{"file_name": "cat/a.png", "label": -1}'], "line 1: must have label, an integer of at least 0, found -1"),
         (['{"file_name": "cat/a.png", "prompt": 1}'], "line 1: must have prompt, a text, found 1"),
         (['{"file_name": "cat/a.png", "removed": []}'], r"line 1: must have removed, a text, found \[\]"),
         (['{"file_name": "cat/a.png", "groups": "pet"}'], "line 1: must have groups, a list of names, found 'pet'"),
         (['{"file_name": "cat/a.png", "groups": [""]}'], "line 1: must have groups, a list of names"),
-        (['{"file_name": "cat/a.png", "label": 1, "prompt": "x"}'], "line 1: must have a label or a prompt, found both"),
+        (['{"file_name": "cat/a.png", "label": 1, "prompt": "x"}'], "must have a label or a prompt, found both"),
         (['{"file_name": "cat/a.png", "label": 1}'], "each image, or a label, found none for cat/deep/b.PNG"),
         ([], "must have a prompt for each image, or a label, found none for cat/a.png"),
         (
