@@ -131,6 +131,7 @@ def test_missing_files_and_other_choices(folder: Path, tmp_path: Path) -> None:
         load_fashion_mnist(folder, split="val")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DEBIAN_FOLDER.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
 def test_debians_files_are_the_whole_set() -> None:
     assert load_fashion_mnist(size=16).counts() == dict.fromkeys(GROUPS, 6000)

@@ -35,6 +35,8 @@ def test_names_and_their_choices() -> None:
     expected = load_typefaces(2, glyphs="ABC", size=16, repeats=2, seed=3, folder=FONTS)
     assert drawn.images.equal(expected.images) and drawn.groups == expected.groups
     assert drawn.conditions is not None and drawn.conditions.count == 3
+    named = open_dataset(f"typefaces,fonts=cmtt10 Regular+DejaVu Sans Book,size=16,repeats=1,folder={FONTS}")
+    assert named.groups == ("cmtt10 Regular", "DejaVu Sans Book")
 
 
 def test_conditions_of_a_source_or_of_groups() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from guda_fast._validate import check_choice, describe
 from guda_fast.datasets.grouped import GroupedImages
 
-DEBIAN_FOLDER = Path("/usr/share/dataset-fashion-mnist")
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts the files."""
 
 GROUPS = (
@@ -113,7 +113,7 @@ def _resized(images: Tensor, size: int) -> Tensor:
     """[(N, 1, size, size), uint8] of [(N, 1, 28, 28), uint8]."""
     if size == 28:
         return images
-    padded = nn.functional.pad(images, (2, 2, 2, 2))
+    padded: Tensor = nn.functional.pad(images, (2, 2, 2, 2))
     if size == 32:
         return padded
     sums = padded.to(torch.int16).unflatten(3, (16, 2)).sum(dim=4, dtype=torch.int16)
