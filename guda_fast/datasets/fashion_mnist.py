@@ -116,6 +116,6 @@ def _resized(images: Tensor, size: int) -> Tensor:
     padded: Tensor = nn.functional.pad(images, (2, 2, 2, 2))
     if size == 32:
         return padded
-    sums = padded.to(torch.int16).unflatten(3, (16, 2)).sum(dim=4, dtype=torch.int16)
-    sums = sums.unflatten(2, (16, 2)).sum(dim=3, dtype=torch.int16)
+    squares = padded.reshape(len(images), 1, 16, 2, 16, 2)
+    sums = squares.sum(dim=(3, 5), dtype=torch.int16)
     return ((sums + 2) // 4).to(torch.uint8)
