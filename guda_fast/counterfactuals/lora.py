@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from guda_fast._files import atomic_write
 from guda_fast._validate import check_int, check_real, describe
 from guda_fast.counterfactuals._lora_layers import FactoredLayer, Factors, Segments, takes_factors
+from guda_fast.counterfactuals.config import TrainConfig
+from guda_fast.counterfactuals.frozen import concatenated
 from guda_fast.counterfactuals.selection import selected
-from guda_fast.counterfactuals.students import Inputs, concatenated, forward
+from guda_fast.counterfactuals.students import Inputs, forward
 from guda_fast.deltas.delta import LowRank
 
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -126,7 +128,7 @@ class LoraStudents:
         return model
 
 
-def save_adapter(factors: Mapping[str, Factors], config: Any, folder: str | os.PathLike[str]) -> None:
+def save_adapter(factors: Mapping[str, Factors], config: TrainConfig, folder: str | os.PathLike[str]) -> None:
     """Write a run's factors as a PEFT adapter, which ``peft.PeftModel.from_pretrained`` and ``DeltaBank.load`` read.
 
     factors: by the base's names of the layers, as ``LoraStudents.factors`` gives them. config: the run's TrainConfig,
@@ -150,7 +152,7 @@ def save_adapter(factors: Mapping[str, Factors], config: Any, folder: str | os.P
         text.write(json.dumps(_peft_config(factors, config), indent=2) + "\n")
 
 
-def _peft_config(factors: Collection[str], config: Any) -> dict[str, Any]:
+def _peft_config(factors: Collection[str], config: TrainConfig) -> dict[str, Any]:
     """The fields of peft.LoraConfig that are not its defaults, and those that say so plainly."""
     return {
         "peft_type": "LORA",
