@@ -50,8 +50,8 @@ def interrupted(step: int, model: torch.nn.Module, config: TrainConfig, work: Pa
 def test_a_run_goes_on_where_it_was_killed(name: str, tmp_path: Path) -> None:
     base, config = tiny_unet(), CONFIGS[name]
     expected = train(base, Noise(forget_share=0.1), config)
-    # Before the first checkpoint, just after one, and between two.
-    for step in (1, 2, len(expected.losses) - 1):
+    # Before the first checkpoint, and where the last one is one or two steps back.
+    for step in (1, len(expected.losses) - 1):
         interrupted(step, base, config, tmp_path / str(step), checkpoint_every=2)
         steps: list[int] = []
         found = train(
@@ -128,7 +128,7 @@ def test_runs_together_that_were_killed_between_two_checkpoints_go_on_from_their
     [
         ({"config": TrainConfig(6, lr=0.5)}, r"same settings, found another \(lr: wanted 0.5"),
         ({"config": TrainConfig(6, trained=("*",))}, "trained: wanted"),
-        ({"identity": "other data"}, "identity: wanted other data, found data"),
+        ({"identity": "other data"}, "identity: wanted 'other data', found 'data'"),
         ({"model": tiny_unet(seed=1)}, "base: wanted"),
     ],
 )

@@ -151,7 +151,7 @@ def test_a_class_conditional_model_is_trained_on_the_classes_of_its_images() -> 
         - rows.target[i]
         for i in range(6)
     ]
-    assert found == pytest.approx(float(torch.stack(errors).square().mean()), rel=1e-12)
+    assert found == pytest.approx(torch.stack(errors).square().mean().item(), rel=1e-12)
     assert len(set(rows.condition.tolist())) > 1
 
 
