@@ -178,7 +178,7 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-W", "ignore", "-c", _KILLED, str(tmp_path)], env=environment, check=True)
     steps: list[int] = []
-    config = TrainConfig(100, ema_decay=0.9, warmup_steps=5)
+    config = TrainConfig(60, ema_decay=0.9, warmup_steps=5)
     found = train(
         tiny_unet(), Noise(), config, work=tmp_path / "work", checkpoint_every=1, progress=lambda n, _: steps.append(n)
     )
@@ -200,13 +200,13 @@ for life in range(8):
     begun = folder / f"begun-{life}"
     child = os.fork()
     if child == 0:
-        config = TrainConfig(100, ema_decay=0.9, warmup_steps=5)
+        config = TrainConfig(60, ema_decay=0.9, warmup_steps=5)
         train(tiny_unet(), Noise(), config, work=folder / "work", checkpoint_every=1, progress=lambda *_: begun.touch())
         os._exit(0)
     while not begun.exists():
         assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it could be killed"
         time.sleep(0.001)
-    time.sleep(moments.uniform(0, 0.05))
+    time.sleep(moments.uniform(0, 0.03))
     os.kill(child, signal.SIGKILL)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 """
