@@ -2,73 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from guda_fast._validate import check_choice, check_int, check_real
-from guda_fast.counterfactuals.objective import FromBase, Objective, Rows
+from guda_fast._validate import check_int, describe
+from guda_fast.counterfactuals.bound import RetainBound
+from guda_fast.counterfactuals.checkpoint import model_digest
+from guda_fast.counterfactuals.config import TrainConfig
+from guda_fast.counterfactuals.loop import Loop
+from guda_fast.counterfactuals.objective import Objective
+from guda_fast.counterfactuals.result import TrainResult
+from guda_fast.counterfactuals.run import Run
+from guda_fast.counterfactuals.selection import selected
+from guda_fast.counterfactuals.students import DenseStudents, Students
+from guda_fast.errors import CheckpointError
+
+__all__ = ["ProgressCallback", "TogetherCallback", "TrainConfig", "TrainResult", "train", "train_together"]
 
 ProgressCallback = Callable[[int, int], object]
 """Called with (steps done, steps in all)."""
-
-
-_SMALLEST = sys.float_info.min
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of one run.
-
-    steps: optimiser steps [>= 1]. lr: AdamW's learning rate [> 0]. weight_decay: [>= 0].
-    warmup_steps: the learning rate rises linearly over these steps [>= 0].
-    decay: what it does afterwards ["constant", or "cosine" down to 0 at the last step].
-    grad_clip: largest norm of the gradient [> 0, or None]. ema_decay: of the averaged weights that are
-    returned [0..1, or None for the last weights]; it warms up as (1 + step) / (10 + step).
-    seed: of batches, timesteps and noise.
-    """
-
-    steps: int
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    decay: str = "constant"
-    grad_clip: float | None = 1.0
-    ema_decay: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_int("TrainConfig", "steps", self.steps, 1)
-        check_real("TrainConfig", "lr", self.lr, _SMALLEST)
-        check_real("TrainConfig", "weight_decay", self.weight_decay, 0)
-        check_int("TrainConfig", "warmup_steps", self.warmup_steps, 0)
-        check_choice("TrainConfig", "decay", self.decay, ("constant", "cosine"))
-        check_int("TrainConfig", "seed", self.seed, 0, 2**63 - 1)
-        if self.grad_clip is not None:
-            check_real("TrainConfig", "grad_clip", self.grad_clip, _SMALLEST)
-        if self.ema_decay is not None:
-            check_real("TrainConfig", "ema_decay", self.ema_decay, 0, 1)
-
-    def lr_factor(self, step: int) -> float:
-        """The learning rate of a step as a share of ``lr``."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        if self.decay == "constant":
-            return 1.0
-        return (1 + math.cos(math.pi * (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))) / 2
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """model: a new module with the trained (or averaged) weights, in eval mode. losses: one a step."""
-
-    model: nn.Module
-    losses: Sequence[float]
+TogetherCallback = Callable[[str, int, int], object]
+"""Called with (run, its steps done, its steps in all)."""
+_ALONE = "run"
 
 
 def train(
@@ -76,70 +35,187 @@ def train(
     objective: Objective,
     config: TrainConfig,
     *,
+    device: torch.device | str | None = None,
+    work: Path | None = None,
+    identity: str = "",
+    checkpoint_every: int = 100,
     progress: ProgressCallback | None = None,
 ) -> TrainResult:
     """Minimise ``objective`` with AdamW, starting from a copy of ``model``, which stays as it is.
 
-    model: any diffusers denoiser. objective: draws its own batches. progress: called after every step.
+    model: any diffusers denoiser. objective: draws its own batches. device: [the model's].
+    work: a folder for the checkpoint and the log, from which the same call goes on after it was killed.
+    identity: what else the run depends on, such as its data: a checkpoint of another one is refused.
+    checkpoint_every: steps from one checkpoint to the next [>= 1]. progress: called after every step.
 
-    Returns the trained copy and its losses. Raises FloatingPointError, naming the step, when the loss is no
-    longer finite, or when the weights at the end are not. Runs on the CPU.
+    On the CPU a run that was killed, at any moment, ends with the weights that it would have had, bit for bit.
+
+    Returns the trained copy and its losses. Raises TypeError or ValueError naming the argument; FloatingPointError,
+    naming the step, when the loss or the gradient is no longer finite, or the weights at the end are not (the last
+    checkpoint is kept); CheckpointError where the folder's checkpoint is damaged or another run's.
+
+    >>> result = train(unet, DenoisingObjective(data, schedule), TrainConfig(1000))  # doctest: +SKIP
+    >>> result.save("runs/full")  # doctest: +SKIP
     """
-    student = copy.deepcopy(model).train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    learning_rate = torch.optim.lr_scheduler.LambdaLR(optimizer, config.lr_factor)
-    average = None if config.ema_decay is None else copy.deepcopy(student).requires_grad_(False)
-    generator = torch.Generator().manual_seed(config.seed)
-    losses = []
-    for step in range(config.steps):
-        loss = _loss(student, model, objective, generator)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"train: the loss must stay finite, got {losses[-1]} at step {step}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if config.grad_clip is not None:
-            nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip)
-        optimizer.step()
-        learning_rate.step()
-        if average is not None:
-            _update_average(average, student, min(config.ema_decay or 0.0, (1 + step) / (10 + step)))
-        if progress is not None:
-            progress(step + 1, config.steps)
-    trained = student if average is None else average
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in trained.parameters()):
-        raise FloatingPointError("train: the weights must stay finite, got NaN or infinity after the last step")
-    return TrainResult(trained.eval().requires_grad_(False), losses)
+    (found,) = train_together(
+        model,
+        {_ALONE: objective},
+        config,
+        device=device,
+        work=None if work is None else {_ALONE: work},
+        identity={_ALONE: identity},
+        checkpoint_every=checkpoint_every,
+        progress=None if progress is None else lambda _, done, total: progress(done, total),
+    ).values()
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
-@torch.no_grad()
-def _update_average(average: nn.Module, student: nn.Module, decay: float) -> None:
-    averaged: list[Tensor] = list(average.parameters())
-    torch._foreach_lerp_(averaged, list(student.parameters()), 1 - decay)
-    for kept, new in zip(average.buffers(), student.buffers(), strict=True):
-        kept.copy_(new)
+def train_together(
+    model: nn.Module,
+    objectives: Mapping[str, Objective],
+    config: TrainConfig,
+    *,
+    device: torch.device | str | None = None,
+    work: Mapping[str, Path] | None = None,
+    identity: Mapping[str, str] | None = None,
+    checkpoint_every: int = 100,
+    progress: TogetherCallback | None = None,
+) -> dict[str, TrainResult | Exception]:
+    """Several runs in one loop; each is what ``train`` makes of its objective alone.
+
+    objectives, work, identity: by the name of the run; see ``train``. progress: called after every step of every run.
+
+    Each run has its own weights, optimiser, averages, random numbers, log and checkpoint. What they share is the
+    forward of the frozen base, and for LoRA the forward of the students: there a run's company changes the rounding of
+    its steps. On the CPU runs without LoRA share no forward, and are what they are alone bit for bit.
+
+    Returns for each run what it gives, or the FloatingPointError or CheckpointError that ended it, while the others go
+    on. Raises TypeError or ValueError naming the argument.
+    """
+    _check(objectives, config, work, identity)
+    check_int("train", "checkpoint_every", checkpoint_every, 1)
+    parameter = _first_parameter(model)
+    place = parameter.device if device is None else torch.device(device)
+    loop = Loop(model, config, place)
+    base = "" if work is None else model_digest(model)
+    # Runs of one dataset have the same conditions, which are on the device once.
+    conditions = {id(given): given for each in objectives.values() if (given := each.conditions) is not None}
+    placed = {key: given.to(place, parameter.dtype) for key, given in conditions.items()}
+    cohorts: list[list[Run]] = []
+    for names, students in _students(model, tuple(objectives), config, place):
+        cohorts.append([])
+        for name in names:
+            run = Run(name, objectives[name], config, students, placed.get(id(objectives[name].conditions)), place)
+            if work is not None:
+                run.kept_in(Path(work[name]), _settings(base, config, (identity or {}).get(name, "")))
+            cohorts[-1].append(run)
+    results: dict[str, TrainResult | Exception] = {}
+    for run in (run for runs in cohorts for run in runs):
+        try:
+            _begin(run, loop)
+        except CheckpointError as error:
+            results[run.name] = error
+    _go(cohorts, loop, checkpoint_every, progress, results, parameter.device)
+    return {name: results[name] for name in objectives}
 
 
-def _loss(student: nn.Module, base: nn.Module, objective: Objective, generator: torch.Generator) -> Tensor:
-    batch = objective.draw(generator)
-    parts = [rows for rows in (batch.retain, batch.forget) if rows is not None]
-    x_t, t = torch.cat([rows.x_t for rows in parts]), torch.cat([rows.t for rows in parts])
-    predictions = _predict(student, x_t, t).split([len(rows.t) for rows in parts])
-    weights = (objective.retain_weight, objective.forget_weight)
-    losses = [
-        weight * (prediction - _target(base, rows)).square().mean()
-        for weight, prediction, rows in zip(weights, predictions, parts, strict=False)
+def _check(
+    objectives: Mapping[str, Objective],
+    config: TrainConfig,
+    work: Mapping[str, Path] | None,
+    identity: Mapping[str, str] | None,
+) -> None:
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"train: config must be a TrainConfig, got {describe(config)}")
+    if work is not None and (len({Path(work[name]).resolve() for name in objectives if name in work})) < len(
+        objectives
+    ):
+        raise ValueError(f"train: work must have a folder of its own for each run, got {describe(dict(work))}")
+    if unknown := sorted(set(identity or ()) - set(objectives)):
+        raise ValueError(f"train: identity must be of runs in objectives, got {describe(unknown)}")
+
+
+def _begin(run: Run, loop: Loop) -> None:
+    """Make a run ready for its first step, or for the one after its checkpoint."""
+    if run.config.retain_bound is not None:
+        run.bounded(RetainBound(run.objective, run.conditions, loop.base.model, run.config.seed))
+    if not run.resume() and run.config.saliency is not None:
+        run.masked(loop.saliency(run, run.config.saliency))
+
+
+def _go(
+    cohorts: Sequence[Sequence[Run]],
+    loop: Loop,
+    checkpoint_every: int,
+    progress: TogetherCallback | None,
+    results: dict[str, TrainResult | Exception],
+    home: torch.device,
+) -> None:
+    """Take all runs to their ends, which are put into ``results``."""
+    while True:
+        for run in (run for runs in cohorts for run in runs if run.name not in results and run.done):
+            results[run.name] = _result(run, home)
+        going = [kept for runs in cohorts if (kept := [run for run in runs if run.name not in results])]
+        if not going:
+            return
+        diverged = loop.step(going)
+        for run in (run for runs in going for run in runs):
+            if run.name in diverged:
+                results[run.name] = _named(run, diverged[run.name])
+                continue
+            if run.done or run.step % checkpoint_every == 0:
+                run.checkpoint()
+            if progress is not None:
+                progress(run.name, run.step, run.config.steps)
+
+
+def _result(run: Run, device: torch.device) -> TrainResult | Exception:
+    try:
+        return run.result(device)
+    except FloatingPointError as error:
+        return _named(run, error)
+
+
+def _named(run: Run, error: FloatingPointError) -> FloatingPointError:
+    return FloatingPointError(f"train: {'' if run.name == _ALONE else f'{run.name}: '}{error}")
+
+
+def _students(
+    model: nn.Module, names: tuple[str, ...], config: TrainConfig, device: torch.device
+) -> list[tuple[tuple[str, ...], Students]]:
+    """Who trains which runs: a copy of the model each, or LoRA factors of all on one."""
+    if config.lora_rank is None:
+        chosen = frozenset(selected(model, config.trained))
+        return [((name,), DenseStudents(model, (name,), chosen, device)) for name in names]
+    from guda_fast.counterfactuals.lora import LoraStudents
+
+    alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    return [
+        (
+            names,
+            LoraStudents(
+                model,
+                names,
+                rank=config.lora_rank,
+                alpha=alpha,
+                patterns=config.trained,
+                seed=config.seed,
+                device=device,
+            ),
+        )
     ]
-    return torch.stack(losses).sum()
 
 
-def _target(base: nn.Module, rows: Rows) -> Tensor:
-    if isinstance(rows.target, FromBase):
-        raise NotImplementedError
-    return rows.target
+def _settings(base: str, config: TrainConfig, identity: str) -> dict[str, Any]:
+    """What a checkpoint must have been made with."""
+    return {"format": 1, "base": base, "identity": identity, **config.settings()}
 
 
-def _predict(model: nn.Module, x_t: Tensor, t: Tensor) -> Tensor:
-    """The model's prediction, without variance channels if it has any [(B, C, H, W)]."""
-    prediction: Tensor = model(x_t, t, return_dict=False)[0]
-    return prediction[:, : x_t.shape[1]]
+def _first_parameter(model: nn.Module) -> nn.Parameter:
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.dtype not in (torch.float32, torch.float64):
+        found = "none" if parameter is None else str(parameter.dtype).removeprefix("torch.")
+        raise TypeError(f"train: model must have float32 or float64 parameters, got {found}")
+    return parameter
