@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from guda_fast import Schedule
-from guda_fast.counterfactuals import Objective
+from guda_fast.counterfactuals import DenoisingObjective, Objective
 from guda_fast.counterfactuals.objective import FromBase, Rows
 from guda_fast.datasets import GroupedImages, with_labels
 
@@ -68,7 +68,7 @@ class Image(NamedTuple):
 
 @contextmanager
 def float64() -> Iterator[None]:
-    """Draws, rows and models in float64, so that losses can be compared to 1e-9."""
+    """Draws, rows and models are made in float64."""
     torch.set_default_dtype(torch.float64)
     try:
         yield
@@ -76,13 +76,22 @@ def float64() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+def exact(objective: Objective, schedule: Schedule) -> Objective:
+    """With the schedule's scales in float64, so that losses can be compared to 1e-9; within ``float64``."""
+    for part in vars(objective).values():
+        if isinstance(part, DenoisingObjective):
+            noising, steps = part.noising, range(len(schedule))
+            noising.x0_scale, noising.eps_scale = map(torch.from_numpy, schedule.scales(steps))
+            noising.target_scales = [torch.from_numpy(scale) for scale in schedule.target_scales(steps)]
+    return objective
+
+
 def drawn(data: GroupedImages, index: Tensor, schedule: Schedule, generator: torch.Generator) -> list[Image]:
     """The rows of one ``DenoisingObjective.rows`` again: images, timesteps and noise in this order."""
     numbers = index[torch.randint(len(index), (BATCH,), generator=generator)].tolist()
     t = torch.randint(len(schedule), (BATCH,), generator=generator).tolist()
     noise = torch.randn((BATCH, *data.images.shape[1:]), generator=generator)
-    # Objectives round the scales to float32, which is tested with the noising.
-    scales = [np.float32(scale).astype(float).tolist() for scale in schedule.scales(t)]
+    scales = [scale.tolist() for scale in schedule.scales(t)]
     return [
         Image(number, data.images[number].double(), step, eps.double(), a, b)
         for number, step, eps, a, b in zip(numbers, t, noise, *scales, strict=True)

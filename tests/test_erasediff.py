@@ -10,6 +10,7 @@ from operator_cases import (
     BATCH,
     Affine,
     drawn,
+    exact,
     extreme_schedule,
     float64,
     labelled_data,
@@ -31,7 +32,7 @@ def test_loss_and_gradient_equal_a_plain_loop(prediction_type: str, retain: str)
     with float64():
         student, base = Affine(1), Affine(2)
         objective = EraseDiffObjective(data, "dog", schedule, batch_size=BATCH, weight=0.7, retain=retain)
-        loss = objective_loss(objective, student, base, torch.Generator().manual_seed(5))
+        loss = objective_loss(exact(objective, schedule), student, base, torch.Generator().manual_seed(5))
         again = torch.Generator().manual_seed(5)
         labels = data.conditions.row.tolist()
         retained = []

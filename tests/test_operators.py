@@ -42,8 +42,7 @@ def test_presets_are_settings_that_exist(name: str) -> None:
     for preset in operator.presets.values():
         assert set(preset.options) <= set(operator.options)
         TrainConfig(**{"steps": 1, **preset.training})
-        data = labelled_data()
-        make_objective(name, data, "dog", SCHEDULE, **{**dict.fromkeys(preset.options), **preset.options, **_few(name)})
+        make_objective(name, labelled_data(), "dog", SCHEDULE, **{**preset.options, **_few(name)})
 
 
 def _few(name: str) -> dict[str, Any]:
@@ -58,7 +57,7 @@ def test_the_trainer_takes_the_loss_of_the_objective(name: str) -> None:
     found = train(Affine(1), objective, TrainConfig(1, seed=5)).losses[0]
     expected = objective_loss(objective, Affine(1), Affine(1), torch.Generator().manual_seed(5))
     # Sums of 300 products in float32, in another order.
-    assert found == pytest.approx(float(expected), rel=300 * 2**-24)
+    assert found == pytest.approx(expected.item(), rel=300 * 2**-24)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,6 +13,7 @@ from operator_cases import (
     NULL,
     Affine,
     drawn,
+    exact,
     extreme_schedule,
     float64,
     labelled_data,
@@ -31,7 +32,7 @@ def test_loss_and_gradient_equal_a_plain_loop(prediction_type: str) -> None:
     with float64():
         student, base = Affine(1), Affine(2)
         objective = RedirectObjective(data, "dog", schedule, batch_size=BATCH, anchors=table, stability=1.5)
-        loss = objective_loss(objective, student, base, torch.Generator().manual_seed(5))
+        loss = objective_loss(exact(objective, schedule), student, base, torch.Generator().manual_seed(5))
         again = torch.Generator().manual_seed(5)
         labels = data.conditions.row.tolist()
         retained = []
