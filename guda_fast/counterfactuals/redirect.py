@@ -13,6 +13,7 @@ from guda_fast.counterfactuals.anchors import Table, conditions_of, make_anchors
 from guda_fast.counterfactuals.objective import Batch, DenoisingObjective, FromBase
 from guda_fast.datasets.grouped import GroupedImages
 from guda_fast.diffusion.schedule import Schedule
+from guda_fast.forward.conditions import Conditions
 
 
 class RedirectObjective:
@@ -47,7 +48,7 @@ class RedirectObjective:
         stability: float = 2.0,
     ) -> None:
         where = "RedirectObjective"
-        self.conditions = conditions_of(where, data)
+        self.conditions: Conditions | None = conditions_of(where, data)
         self.anchors = make_anchors(anchors, data, group, descriptors=descriptors, beta=beta, eta=eta)
         self.retain_weight = check_real(where, "stability", stability, 0)
         self.retain = DenoisingObjective(data, schedule, data.rest(group), batch_size=batch_size, retain="distill")
