@@ -34,7 +34,8 @@ class ESDObjective:
     Source: Gandikota et al. 2023, Erasing Concepts from Diffusion Models, on noised training images.
     """
 
-    retain_weight, forget_share = 1.0, None
+    retain_weight = 1.0
+    forget_share: float | None = None
 
     def __init__(
         self,

@@ -32,7 +32,8 @@ class RedirectObjective:
     Raises TypeError or ValueError naming the argument. Source: GUDA (arXiv 2601.22651), GUDA-C.
     """
 
-    forget_weight, forget_share = 1.0, None
+    forget_weight = 1.0
+    forget_share: float | None = None
 
     def __init__(
         self,
