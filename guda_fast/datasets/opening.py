@@ -68,6 +68,10 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def _fonts(text: str) -> int | list[str]:
+    return int(text) if text.isdecimal() else [name for name in text.split("+") if name]
+
+
 _NUMBER, _FLAG, _PATH = _Choice("an integer", int), _Choice("yes or no", _yes), _Choice("a folder", _path)
 # These are read here, for every source.
 _COMMON = {"null": _FLAG, "per_group": _NUMBER}
@@ -82,7 +86,7 @@ _SOURCES: dict[str, _Source] = {
     "typefaces": _Source(
         load_typefaces,
         {
-            "fonts": _NUMBER,
+            "fonts": _Choice("how many, or names with + between them", _fonts),
             "glyphs": _Choice("characters", str),
             "size": _NUMBER,
             "repeats": _NUMBER,
@@ -115,7 +119,7 @@ def open_dataset(spec: str) -> GroupedImages:
     conditions, null = given.pop("conditions", source.default), given.pop("null", False)
     per_group = given.pop("per_group", None)
     if null and conditions == "none":
-        raise ValueError(f"{_WHERE}: null must come with conditions, got {spec!r}")
+        raise ValueError(f"{_WHERE}: null must come with conditions, got {describe(spec)}")
     if source.conditions:
         own = {"conditions": "none"} if conditions in _PLAIN else {"conditions": conditions, "null": null}
         given.update(own)
@@ -136,16 +140,18 @@ def _parsed(spec: str) -> tuple[_Source, dict[str, Any]]:
     for item in items:
         key, sign, text = item.partition("=")
         if not sign or key not in choices:
-            raise ValueError(f"{_WHERE}: {name} takes {', '.join(f'{key}=' for key in choices)}, got {item!r}")
+            raise ValueError(f"{_WHERE}: {name} takes {', '.join(f'{key}=' for key in choices)}, got {describe(item)}")
         if key in given:
-            raise ValueError(f"{_WHERE}: {key} must be given once, got {spec!r}")
+            raise ValueError(f"{_WHERE}: {key} must be given once, got {describe(spec)}")
         try:
             given[key] = choices[key].read(text)
         except ValueError as error:
-            raise ValueError(f"{_WHERE}: {name},{key}= must be {choices[key].wanted}, got {text!r}") from error
+            raise ValueError(f"{_WHERE}: {name},{key}= must be {choices[key].wanted}, got {describe(text)}") from error
     missing = [key for key in source.needed if key not in given]
     if missing:
-        raise ValueError(f"{_WHERE}: {name} must come with {', '.join(f'{key}=' for key in missing)}, got {spec!r}")
+        raise ValueError(
+            f"{_WHERE}: {name} must come with {', '.join(f'{key}=' for key in missing)}, got {describe(spec)}"
+        )
     return source, given
 
 
@@ -156,6 +162,6 @@ def _source(name: str) -> _Source:
     folder = Path(name).expanduser()
     if not name or not folder.is_dir():
         raise ValueError(
-            f"{_WHERE}: spec must begin with one of {', '.join(_SOURCES)}, or a folder of images, got {name!r}"
+            f"{_WHERE}: spec must begin with one of {', '.join(_SOURCES)}, or a folder of images, got {describe(name)}"
         )
     return _Source(partial(load_folder, folder), _IMAGES, conditions=("metadata",))
