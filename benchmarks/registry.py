@@ -81,6 +81,7 @@ def benchmarks() -> dict[str, Benchmark]:
         noise_ops_threads,
         pack,
         plans,
+        retrack_step,
         together,
     )
 
@@ -95,6 +96,7 @@ def benchmarks() -> dict[str, Benchmark]:
         ladder,
         ladder_large,
         frontends,
+        retrack_step,
         together,
         gpu_ceilings,
         gpu_noise_ops,
