@@ -96,7 +96,7 @@ class Attribution:
         """The same result for some of its groups, in the given order; ValueError naming those that it has not."""
         index = _columns("select", "groups", groups, self.groups)
         hashes = self.provenance.get("delta_hashes")
-        kept = {"delta_hashes": {group: hashes[group] for group in groups}} if isinstance(hashes, Mapping) else {}
+        kept = {} if hashes is None else {"delta_hashes": {group: hashes.get(group) for group in groups}}
         return replace(
             self,
             groups=tuple(groups),

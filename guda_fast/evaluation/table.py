@@ -155,25 +155,10 @@ def agreement(
     seeds = _check_seeds(oracle, others)
     methods = _check_methods(scores, seeds[0])
     check_choice("agreement", "reference", reference, REFERENCES)
-    confidence = check_confidence("agreement", confidence)
-    seed = check_int("agreement", "seed", seed, 0, 2**64 - 1)
-    resamples = check_int("agreement", "resamples", resamples, 1)
     measures = _metrics(metrics, gain, seeds[0].shape[1])
     held_out = _leave_one_out(seeds)
     references = held_out if reference == "leave-one-out" else [np.mean(seeds, axis=0)]
-
-    def row(method: str, metric: str, values: m.FloatArray, draws: int = 1) -> AgreementRow:
-        present = int((~np.isnan(values)).sum()) // draws
-        interval = bootstrap_mean(
-            values,
-            confidence=confidence,
-            resamples=resamples,
-            seed=seed,
-            sample_size=max(1, present),
-        )
-        counts = (present, len(values) // draws - present)
-        return AgreementRow(method, metric, *interval[:3], *counts)
-
+    row = _row_maker("agreement", confidence, resamples, seed)
     rows = [
         row(method, metric, _mean_of(measure, [matrix] * len(references), references))
         for method, matrix in methods.items()
@@ -183,6 +168,31 @@ def agreement(
         rows += [row(FLOOR, metric, _mean_of(measure, seeds, held_out)) for metric, measure in measures.items()]
     rows += [row(RANDOM, metric, *_random_values(measure, references, seed)) for metric, measure in measures.items()]
     return AgreementTable(tuple(rows), confidence, len(seeds), reference)
+
+
+def linear_agreement(
+    scores: Mapping[str, ArrayLike],
+    outcomes: ArrayLike,
+    removed: ArrayLike,
+    *,
+    seed: int = 0,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+) -> AgreementTable:
+    """The ``lds`` of methods: its mean over queries, with a bootstrap interval; random scores have mean zero.
+
+    scores: of each method [(N, K), real and finite, N >= 1, K >= 2]
+    outcomes, removed: of the models retrained without several groups, as for ``lds``
+    seed, confidence, resamples: as for ``agreement``
+    Returns: the ``AgreementTable``, with a row a method
+    Raises: TypeError, ValueError for other arguments; ModuleNotFoundError without scipy
+
+    >>> linear_agreement({"sum": [[3.0, 1.0]]}, [[3.0, 1.0]], [[True, False], [False, True]]).rows[0].mean
+    1.0
+    """
+    row = _row_maker("linear_agreement", confidence, resamples, seed)
+    rows = [row(method, "LDS", m.lds(matrix, outcomes, removed)) for method, matrix in scores.items()]
+    return AgreementTable(tuple(rows), confidence)
 
 
 def ranking(groups: Sequence[str], scores: ArrayLike) -> RankingTable:
@@ -204,6 +214,27 @@ def ranking(groups: Sequence[str], scores: ArrayLike) -> RankingTable:
         for name, *values in zip(names, matrix.mean(axis=0), (ranks == 1).mean(axis=0), ranks.mean(axis=0), strict=True)
     ]
     return RankingTable(tuple(sorted(rows, key=lambda row: row.mean_rank)), len(matrix))
+
+
+def _row_maker(where: str, confidence: float, resamples: int, seed: int) -> Callable[..., AgreementRow]:
+    """Makes a row of a method, a metric and its values, of which every query may have several draws."""
+    check_confidence(where, confidence)
+    check_int(where, "seed", seed, 0, 2**64 - 1)
+    check_int(where, "resamples", resamples, 1)
+
+    def row(method: str, metric: str, values: m.FloatArray, draws: int = 1) -> AgreementRow:
+        present = int((~np.isnan(values)).sum()) // draws
+        interval = bootstrap_mean(
+            values,
+            confidence=confidence,
+            resamples=resamples,
+            seed=seed,
+            sample_size=max(1, present),
+        )
+        counts = (present, len(values) // draws - present)
+        return AgreementRow(method, metric, *interval[:3], *counts)
+
+    return row
 
 
 def _check_methods(scores: ArrayLike | Mapping[str, ArrayLike], oracle: m.FloatArray) -> dict[str, m.FloatArray]:
