@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -31,10 +30,13 @@ class Joined:
     scores: Mapping[str, FloatArray]
     notes: tuple[str, ...]
 
-    @cached_property
-    def row(self) -> Mapping[int, int]:
-        """The row of each query id."""
-        return {number: row for row, number in enumerate(self.query_ids)}
+    def rows_of(self, name: str, result: Attribution) -> list[int]:
+        """The row in a result, of whatever groups, of each query; ValueError naming the result and what is missing."""
+        found = _distinct(name, result)
+        missing = [query for query, number in zip(self.queries, self.query_ids, strict=True) if number not in found]
+        if missing:
+            raise ValueError(f"{name}: must have every query that is compared, found {_some(missing)} missing")
+        return [found[number] for number in self.query_ids]
 
 
 def join(results: Mapping[str, Attribution]) -> Joined:
