@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,10 +55,10 @@ def agreement_figure(
     height = 0.8 + lines * (_PANEL_MARGIN + _ROW_HEIGHT * max(2, len(methods)))
     figure = matplotlib.figure.Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout="constrained")
     matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
-    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
+    panels = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
     for panel, metric in zip(panels, metrics, strict=False):
         _draw(panel, metric, methods, [row for row in table.rows if row.metric == metric])
-    for panel in list(panels)[len(metrics) :]:
+    for panel in panels[len(metrics) :]:
         panel.set_visible(False)
     figure.suptitle(f"{title}\n{_note(table)}", fontsize=9, color=_INK, parse_math=False)
     with atomic_write(path, "wb") as file:
@@ -71,7 +72,10 @@ def _draw(panel: Axes, metric: str, methods: Sequence[str], rows: Sequence[Agree
     panel.tick_params(axis="x", labelsize=7)
     panel.grid(axis="x", color=_PALE, linewidth=0.5)
     panel.spines[["top", "right"]].set_visible(False)
+    panel.set_axisbelow(True)
     for row in rows:
+        if math.isnan(row.mean):
+            continue
         colour = _BANDS.get(row.method)
         if colour is not None:
             panel.axvspan(row.low, row.high, color=colour, alpha=0.18, linewidth=0)

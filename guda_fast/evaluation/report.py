@@ -61,13 +61,13 @@ class Evaluation:
 
     def to_markdown(self) -> str:
         """All tables with their headings."""
-        parts = [f"# Agreement with the oracle\n\n{self.agreement.to_markdown()}"]
+        parts = [f"# Agreement with the oracle\n\n{self.agreement.to_wide_markdown()}"]
         if self.agreement.seeds == 1:
             parts.append(
                 "The oracle's own noise is not known: it takes scores of the oracle with another training seed.\n"
             )
         if self.linear is not None:
-            parts.append(f"## Linear datamodelling score\n\n{self.linear.to_markdown()}")
+            parts.append(f"## Linear datamodelling score\n\n{self.linear.to_wide_markdown()}")
         if self.significance is not None:
             parts.append(f"## Against control groups\n\n{self.significance.to_markdown()}")
         for method, found in self.confusions.items():

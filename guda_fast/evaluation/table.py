@@ -53,20 +53,37 @@ class AgreementTable:
     reference: str = REFERENCES[0]
 
     def to_markdown(self) -> str:
-        """The table as aligned Markdown, means with three decimals, and a line that explains it."""
+        """The rows as aligned Markdown, means with three decimals, and a line that explains them."""
         header = [field.name for field in fields(AgreementRow)]
         cells = []
         for row in self.rows:
             numbers = [_three_decimals(value) for value in (row.mean, row.low, row.high)]
             cells.append([row.method, row.metric, *numbers, str(row.queries), str(row.missing)])
-        note = f"Mean over queries; low and high end the {100 * self.confidence:g} % bootstrap interval."
+        return f"{markdown(header, cells, text_columns=2)}\n{self._note('low and high end')}\n"
+
+    def to_wide_markdown(self) -> str:
+        """The same with a line a method and a column a metric: the mean, and its interval in brackets."""
+        metrics = list(dict.fromkeys(row.metric for row in self.rows))
+        found = {(row.method, row.metric): row for row in self.rows}
+        cells = []
+        for method in dict.fromkeys(row.method for row in self.rows):
+            rows = [found.get((method, metric)) for metric in metrics]
+            cells.append([method, *("" if row is None else _with_interval(row) for row in rows)])
+        note = self._note("brackets hold")
+        fewest, most = min(row.queries for row in self.rows), max(row.queries + row.missing for row in self.rows)
+        note += f" {most} {'query' if most == 1 else 'queries'}"
+        note += f", of which some means miss up to {most - fewest}." if fewest < most else "."
+        return f"{markdown(['method', *metrics], cells, text_columns=1)}\n{note}\n"
+
+    def _note(self, interval: str) -> str:
+        note = f"Mean over queries; {interval} the {100 * self.confidence:g} % bootstrap interval."
         if any(row.method == RANDOM for row in self.rows):
             note += f" For {RANDOM} they are where the mean of random rankings of as many queries falls."
         if self.seeds > 1:
             rest = "the other" if self.seeds == 2 else f"the mean of the other {self.seeds - 1}"
             every = "as do all rows" if self.reference == REFERENCES[0] else "the other rows with the mean of all"
             note += f" {FLOOR} compares each of {self.seeds} seeds with {rest}, {every}."
-        return f"{markdown(header, cells, text_columns=2)}\n{note}\n"
+        return note
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the rows to ``path`` with all digits, missing values as ``nan``; all of it or nothing."""
@@ -318,6 +335,11 @@ def _random_values(measure: _Metric, oracles: Sequence[m.FloatArray], seed: int)
     # Ranking independent uniform numbers is a uniformly random permutation.
     scores = np.random.default_rng(seed).random(repeated[0].shape)
     return _mean_of(measure, [scores] * len(oracles), repeated), draws
+
+
+def _with_interval(row: AgreementRow) -> str:
+    mean, low, high = (_three_decimals(value) for value in (row.mean, row.low, row.high))
+    return mean if math.isnan(row.mean) else f"{mean} [{low}, {high}]"
 
 
 def _three_decimals(value: float) -> str:
