@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from guda_fast.baselines import pixel_similarity, similarity
-from guda_fast.baselines import similarity as module
 from guda_fast.datasets import GroupedImages
 
 
@@ -31,7 +31,7 @@ def case() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize(("reduce", "plain"), [("mean", lambda v: math.fsum(v) / len(v)), ("max", max)])
 def test_similarity_is_the_plain_loop(case, reduce, plain, at_once, monkeypatch: pytest.MonkeyPatch) -> None:
     queries, examples, members = case
-    monkeypatch.setattr(module, "_EXAMPLES_AT_ONCE", at_once)
+    monkeypatch.setattr(sys.modules[similarity.__module__], "_EXAMPLES_AT_ONCE", at_once)
     found = similarity(queries, examples, members, reduce=reduce)
     expected = [[plain([plain_cosine(q, examples[i]) for i in index]) for index in members.values()] for q in queries]
     # Six products and up to 23 cosines are summed, each of at most 1, after two divisions: 40 roundings.
