@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 SCORES = "scores.parquet"
+WIDE = "scores.csv"
 RECORD = "run.json"
 CONTROLS = "controls.parquet"
 """Beside SCORES: the scores of the control groups that gave its p-values."""
@@ -185,6 +186,36 @@ class Attribution:
             provenance=record,
             p_value=columns[P_VALUE].copy() if P_VALUE in columns else None,
         )
+
+    @classmethod
+    def from_csv(cls, path: str | os.PathLike[str]) -> Attribution:
+        """Read a wide CSV, as ``to_csv`` writes, or of another method: query, query_id, then a score a group.
+
+        What it does not say is unknown: standard errors and the base's errors are NaN, and ``draws`` is 0.
+
+        Raises OSError as `open`, or ValueError naming the file and the line where it holds something else.
+        """
+        with open(path, encoding="utf-8", newline="") as file:
+            try:
+                rows = list(csv.reader(file, strict=True))
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise ValueError(f"{path}: must be CSV in UTF-8, found a damaged file ({error})") from error
+        header, *lines = rows or [[]]
+        groups = tuple(header[2:])
+        if header[:2] != ["query", "query_id"] or not groups or len(set(groups)) < len(groups):
+            raise ValueError(f"{path}: must begin with query, query_id and distinct groups, found {describe(header)}")
+        ids, scores = [], []
+        for number, line in enumerate(lines, 2):
+            try:
+                ids.append(check_int("query", "id", int(line[1]), 0, 2**64 - 1))
+                scores.append([float(score) for _, score in zip(groups, line[2:], strict=True)])
+            except (IndexError, ValueError) as error:
+                wanted = f"a query, its id and {len(groups)} scores"
+                raise ValueError(f"{path}, row {number}: must have {wanted}, found {describe(line)}") from error
+        matrix = np.array(scores, dtype=np.float64).reshape(len(lines), len(groups))
+        unknown = np.full(matrix.shape, np.nan)
+        names = tuple(line[0] for line in lines)
+        return cls(names, tuple(ids), groups, matrix, unknown, "none", 0, np.full(len(lines), np.nan))
 
     def to_arrow(self) -> pa.Table:
         """One row a cell, queries outermost, with the provenance as JSON under the metadata key ``guda_fast``."""

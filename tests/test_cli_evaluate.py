@@ -77,6 +77,14 @@ def test_methods_beside_two_oracles(files: Path, run) -> None:
     assert set(record["inputs"]) == {"GUDA", "esd", "oracle 0", "oracle 1"}
 
 
+def test_scores_of_another_method_come_as_csv(files: Path, run) -> None:
+    gf.Attribution.from_parquet("esd").to_csv("CLIP.csv")
+    code, printed = run("evaluate", "CLIP.csv", "esd", "--oracle", "logo", "--metric", "MRR", "--resamples", 10)
+    assert code == 0, printed
+    rows = agreement_rows(Path("evaluation"))
+    assert rows["CLIP", "MRR"] == rows["esd", "MRR"]
+
+
 def test_one_oracle_and_chosen_metrics(files: Path, run) -> None:
     arguments = ["evaluate", "esd", "--oracle", "logo", "--metric", "NDCG@2", "--gain", "linear", "--resamples", 10]
     code, printed = run(*arguments)

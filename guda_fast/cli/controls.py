@@ -40,6 +40,11 @@ def without_controls(result: Attribution) -> Attribution:
     return result.select([group for group in result.groups if group not in names]) if names else result
 
 
+def read_scores(path: Path) -> Attribution:
+    """A result: a folder, its scores.parquet, or a wide CSV."""
+    return Attribution.from_csv(path) if path.suffix == ".csv" else Attribution.from_parquet(path)
+
+
 def attach_controls(methods: Mapping[str, Attribution], entries: Sequence[str] | None) -> dict[str, Attribution]:
     """Results with p-values where they have controls, and without control groups.
 
@@ -52,11 +57,11 @@ def attach_controls(methods: Mapping[str, Attribution], entries: Sequence[str] |
     for entry in entries or ():
         name, separator, path = entry.partition("=")
         if separator and name in methods:
-            null[name] = Attribution.from_parquet(path)
+            null[name] = read_scores(Path(path))
         elif Path(entry).exists():
             if len(methods) > 1:
                 raise ValueError(f"--controls: must be NAME=PATH with NAME one of {', '.join(methods)}, got {entry!r}")
-            null[next(iter(methods))] = Attribution.from_parquet(entry)
+            null[next(iter(methods))] = read_scores(Path(entry))
         elif pattern is not None:
             raise ValueError(f"--controls: must have one pattern of group names, got {pattern!r} and {entry!r}")
         else:

@@ -14,8 +14,8 @@ import typer
 from guda_fast._files import atomic_write
 from guda_fast._json import read_object
 from guda_fast._version import __version__
-from guda_fast.cli.controls import attach_controls, without_controls
-from guda_fast.results import RECORD, SCORES, Attribution
+from guda_fast.cli.controls import attach_controls, read_scores, without_controls
+from guda_fast.results import RECORD, SCORES, WIDE, Attribution
 
 if TYPE_CHECKING:
     from guda_fast.evaluation import Joined, Subsets
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 _Scores = Annotated[
     list[str],
-    typer.Argument(metavar="[NAME=]SCORES...", help="Results of guda-fast score, a folder or its scores.parquet each."),
+    typer.Argument(
+        metavar="[NAME=]SCORES...",
+        help="Results of guda-fast score, a folder or its scores.parquet each; or scores.csv, also of other methods.",
+    ),
 ]
 _Oracle = Annotated[
     list[Path], typer.Option(help="Scores of the retrained models; once more with those of another training seed.")
@@ -85,8 +88,8 @@ def evaluate(
     if (subsets is None) != (subset_scores is None):
         raise ValueError("--subsets: must come with --subset-scores, got one of them")
     paths = named_scores(scores)
-    methods = attach_controls({name: Attribution.from_parquet(path) for name, path in paths.items()}, controls)
-    oracles = {f"--oracle {path}": without_controls(Attribution.from_parquet(path)) for path in oracle}
+    methods = attach_controls({name: read_scores(path) for name, path in paths.items()}, controls)
+    oracles = {f"--oracle {path}": without_controls(read_scores(path)) for path in oracle}
     if len(oracles) < len(oracle):
         raise ValueError("--oracle: paths must differ, got one twice")
     joined = join({**oracles, **methods})
@@ -123,8 +126,8 @@ def named_scores(entries: Sequence[str]) -> dict[str, Path]:
         name, separator, path = entry.partition("=")
         if not separator or Path(entry).exists():
             place = Path(entry).absolute()
-            place = place.parent if place.name == SCORES else place
-            name, path = place.name.removesuffix(".parquet"), entry
+            place = place.parent if place.name in (SCORES, WIDE) else place
+            name, path = place.name.removesuffix(".parquet").removesuffix(".csv"), entry
         if not (name and path):
             raise ValueError(f"SCORES: must be PATH or NAME=PATH, got {entry!r}")
         if name in found:
@@ -164,7 +167,7 @@ def _subsets(path: Path, scores: Path, joined: Joined) -> Subsets:
     from guda_fast.evaluation import Subsets
 
     given = read_object(path)
-    result = Attribution.from_parquet(scores)
+    result = read_scores(scores)
     removed = np.zeros((len(result.groups), len(joined.groups)), dtype=bool)
     for index, subset in enumerate(result.groups):
         lacks = given.get(subset)

@@ -16,7 +16,7 @@ import typer
 from guda_fast.cli.controls import CONTROL_NAMES, control_names
 from guda_fast.cli.named import all_sources, in_full, sources_in
 from guda_fast.deltas.sources import Source
-from guda_fast.results import CONTROLS, RECORD, Attribution, RankedGroup
+from guda_fast.results import CONTROLS, RECORD, WIDE, Attribution, RankedGroup
 
 _Queries = Annotated[Path, typer.Argument(help="A folder of images, read recursively.")]
 _Base = Annotated[Path, typer.Option(help="The full-data model: a diffusers folder.")]
@@ -171,7 +171,7 @@ def _write(result: Attribution, controls: Attribution | None, out: Path) -> None
         (out / CONTROLS).unlink(missing_ok=True)  # of a result that this one replaces
     else:
         controls.to_parquet(out / CONTROLS)
-    result.to_csv(out / "scores.csv")
+    result.to_csv(out / WIDE)
     result.to_parquet(out)
 
 
