@@ -99,7 +99,7 @@ def _directions(values: Tensor) -> Tensor:
     rows = values.detach().cpu().double().flatten(1)
     # By its largest element first: squares of tiny or huge values leave the range of float64.
     rows = rows / rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows / lengths.clamp_min(torch.finfo(torch.float64).tiny)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,7 @@ def _distinct(name: str, result: Attribution) -> dict[int, int]:
     return found
 
 
-def _check_same(name: str, what: str, found: Mapping[object, str], first: str, wanted: Mapping[object, str]) -> None:
+def _check_same(name: str, what: str, found: Mapping[Any, str], first: str, wanted: Mapping[Any, str]) -> None:
     """Raise ValueError where two results have other queries or groups; found, wanted: their names by key."""
     missing = [wanted[key] for key in wanted if key not in found]
     further = [found[key] for key in found if key not in wanted]
