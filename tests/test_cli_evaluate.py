@@ -70,6 +70,7 @@ def test_methods_beside_two_oracles(files: Path, run) -> None:
         "agreement.png",
         "confusion.csv",
         "evaluation.md",
+        "gaps.csv",
         "run.json",
         "significance.csv",
     }

@@ -10,7 +10,7 @@ import pytest
 
 from guda_fast.evaluation import Options, Subsets, confusion, evaluate, lds, significance
 from guda_fast.evaluation.confusion import write_confusions
-from guda_fast.evaluation.report import AGREEMENT, CONFUSION, FIGURE, REPORT, SIGNIFICANCE
+from guda_fast.evaluation.report import AGREEMENT, CONFUSION, FIGURE, GAPS, REPORT, SIGNIFICANCE
 from test_p_values import result_of
 
 
@@ -123,7 +123,7 @@ def test_the_report_has_every_table(tmp_path: Path) -> None:
     assert found.linear.rows[0].mean == pytest.approx(lds(s, g @ removed.T, removed).mean(), rel=1e-14)
     found.write(tmp_path / "new" / "out")
     names = {path.name for path in (tmp_path / "new" / "out").iterdir()}
-    assert names == {REPORT, AGREEMENT, CONFUSION, SIGNIFICANCE, FIGURE}
+    assert names == {REPORT, AGREEMENT, GAPS, CONFUSION, SIGNIFICANCE, FIGURE}
     text = (tmp_path / "new" / "out" / REPORT).read_text()
     for part in (
         "# Agreement with the oracle",
@@ -141,7 +141,8 @@ def test_a_report_of_one_oracle_says_that_its_noise_is_not_known(tmp_path: Path)
     g = np.random.default_rng(9).normal(size=(5, 2))
     found = evaluate(["a", "b"], {"GUDA": g}, [g], options=Options(resamples=10))
     assert {row.metric for row in found.agreement.rows} >= {"top-2", "NDCG@2"}
-    (tmp_path / SIGNIFICANCE).touch()  # of an earlier report
+    for name in (GAPS, SIGNIFICANCE):
+        (tmp_path / name).touch()  # of an earlier report
     found.write(tmp_path)
     assert "own noise is not known" in (tmp_path / REPORT).read_text()
-    assert not (tmp_path / SIGNIFICANCE).exists()
+    assert not (tmp_path / SIGNIFICANCE).exists() and not (tmp_path / GAPS).exists()

@@ -68,5 +68,5 @@ def test_every_block_runs(run) -> None:
     assert "the oracle" in said[1] and "LDS" in said[1]
     assert "3 groups and 2 controls" in said[2]
     rows = re.search(r"\| file .*?\n\n", PAGE, re.DOTALL)
-    listed = set(re.findall(r"`([a-z]+\.\w+)`", rows[0])) - {"significance.csv"}
+    listed = set(re.findall(r"`([a-z]+\.\w+)`", rows[0])) - {"significance.csv", "gaps.csv"}
     assert listed == {path.name for path in Path("evaluation").iterdir()}

@@ -252,6 +252,19 @@ def test_two_seeds_are_compared_with_each_other(seeds: list[Array]) -> None:
     assert values_of(table, "second")["top-1"] == pytest.approx((same.mean() + 1) / 2, abs=2.0**-50)
 
 
+def test_gaps_are_differences_query_by_query(seeds: list[Array], pair: tuple[Array, Array]) -> None:
+    table = agreement({"GUDA": pair[0]}, seeds[0], others=seeds[1:2], metrics=["MRR"], seed=2)
+    method = (mrr(pair[0], seeds[0]) + mrr(pair[0], seeds[1])) / 2
+    floor = (mrr(seeds[0], seeds[1]) + mrr(seeds[1], seeds[0])) / 2
+    (gap,) = table.gaps
+    assert (gap.method, gap.metric) == ("GUDA", "MRR")
+    assert (gap.mean, gap.low, gap.high) == pytest.approx(bootstrap_mean(method - floor, seed=2)[:3], abs=2.0**-48)
+    # The oracle's first seed as a method: half of the time it is compared with itself.
+    (gap,) = agreement({"first": seeds[0]}, seeds[0], others=seeds[1:2], metrics=["top-1"]).gaps
+    assert gap.mean == pytest.approx((1 - top_1_agreement(*seeds[:2]).mean()) / 2, abs=2.0**-48)
+    assert agreement(pair[0], seeds[0], metrics=["MRR"]).gaps == ()
+
+
 def test_methods_may_be_compared_with_the_mean_of_all_seeds(seeds: list[Array], pair: tuple[Array, Array]) -> None:
     mean = np.mean(seeds, axis=0)
     table = agreement({"GUDA": pair[0]}, seeds[0], others=seeds[1:], reference="mean", metrics=["MRR"])

@@ -16,9 +16,10 @@ from guda_fast.evaluation.metrics import FloatArray
 from guda_fast.evaluation.significance import SignificanceTable
 from guda_fast.evaluation.table import AgreementTable, agreement, linear_agreement
 
-REPORT, AGREEMENT, CONFUSION, SIGNIFICANCE, FIGURE = (
+REPORT, AGREEMENT, GAPS, CONFUSION, SIGNIFICANCE, FIGURE = (
     "evaluation.md",
     "agreement.csv",
+    "gaps.csv",
     "confusion.csv",
     "significance.csv",
     "agreement.png",
@@ -66,6 +67,9 @@ class Evaluation:
             parts.append(
                 "The oracle's own noise is not known: it takes scores of the oracle with another training seed.\n"
             )
+        else:
+            gaps = AgreementTable(self.agreement.gaps, self.agreement.confidence).to_wide_markdown()
+            parts.append(f"## Less the oracle's own agreement\n\n{gaps}")
         if self.linear is not None:
             parts.append(f"## Linear datamodelling score\n\n{self.linear.to_wide_markdown()}")
         if self.significance is not None:
@@ -77,14 +81,16 @@ class Evaluation:
         return "\n".join(parts)
 
     def write(self, folder: Path) -> None:
-        """Write REPORT, AGREEMENT, CONFUSION, FIGURE and, with p-values, SIGNIFICANCE into a folder."""
+        """Write REPORT, AGREEMENT, CONFUSION, FIGURE, and what there is of GAPS and SIGNIFICANCE into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         rows = self.agreement.rows + (() if self.linear is None else self.linear.rows)
         replace(self.agreement, rows=rows).to_csv(folder / AGREEMENT)
         write_confusions(folder / CONFUSION, self.confusions)
-        if self.significance is None:
-            (folder / SIGNIFICANCE).unlink(missing_ok=True)  # of a report that this one replaces
-        else:
+        for name in (GAPS, SIGNIFICANCE):
+            (folder / name).unlink(missing_ok=True)  # of a report that this one replaces
+        if self.agreement.gaps:
+            replace(self.agreement, rows=self.agreement.gaps).to_csv(folder / GAPS)
+        if self.significance is not None:
             self.significance.to_csv(folder / SIGNIFICANCE)
         agreement_figure(self.agreement, folder / FIGURE)
         with atomic_write(folder / REPORT, "w") as file:

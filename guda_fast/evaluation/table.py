@@ -45,12 +45,14 @@ class AgreementRow:
 @dataclass(frozen=True)
 class AgreementTable:
     """Agreement of methods with an oracle: ``rows``, the ``confidence`` of their intervals, how many training ``seeds``
-    the oracle has, and which of them make the ``reference``; see ``agreement``."""
+    the oracle has, which of them make the ``reference``, and ``gaps``, the methods' differences from the oracle's own
+    noise; see ``agreement``."""
 
     rows: tuple[AgreementRow, ...]
     confidence: float
     seeds: int = 1
     reference: str = REFERENCES[0]
+    gaps: tuple[AgreementRow, ...] = ()
 
     def to_markdown(self) -> str:
         """The rows as aligned Markdown, means with three decimals, and a line that explains them."""
@@ -150,7 +152,8 @@ def agreement(
     With S seeds of the oracle a row ``oracle, other seed`` is added, its own noise: each seed against the mean of the
     other S - 1, a query's values averaged over the seeds. Methods are compared with the same S references and averaged
     alike, so that they may be read against that row, or with the mean of all S, which is less noisy than what the
-    row's own seeds are compared with.
+    row's own seeds are compared with. ``gaps`` are the means over queries of a method's value less that row's, whose
+    intervals are narrower than those of the two: where a query is hard for the one, it is for the other.
 
     scores: the method's scores [(N, K), real and finite, N >= 1, K >= 2], or several by method name
     oracle: the oracle's scores [(N, K), real and finite]
@@ -176,15 +179,19 @@ def agreement(
     held_out = _leave_one_out(seeds)
     references = held_out if reference == "leave-one-out" else [np.mean(seeds, axis=0)]
     row = _row_maker("agreement", confidence, resamples, seed)
-    rows = [
-        row(method, metric, _mean_of(measure, [matrix] * len(references), references))
+    values = {
+        (method, metric): _mean_of(measure, [matrix] * len(references), references)
         for method, matrix in methods.items()
         for metric, measure in measures.items()
-    ]
+    }
+    rows = [row(*key, found) for key, found in values.items()]
+    gaps: list[AgreementRow] = []
     if others:
-        rows += [row(FLOOR, metric, _mean_of(measure, seeds, held_out)) for metric, measure in measures.items()]
+        floor = {metric: _mean_of(measure, seeds, held_out) for metric, measure in measures.items()}
+        rows += [row(FLOOR, metric, found) for metric, found in floor.items()]
+        gaps += [row(method, metric, found - floor[metric]) for (method, metric), found in values.items()]
     rows += [row(RANDOM, metric, *_random_values(measure, references, seed)) for metric, measure in measures.items()]
-    return AgreementTable(tuple(rows), confidence, len(seeds), reference)
+    return AgreementTable(tuple(rows), confidence, len(seeds), reference, tuple(gaps))
 
 
 def linear_agreement(
