@@ -74,6 +74,39 @@ def test_csv_keeps_all_digits(result, tmp_path) -> None:
     np.testing.assert_array_equal([list(map(float, row[2:])) for row in rows], result.scores)
 
 
+def test_a_wide_csv_is_read_back(result, tmp_path) -> None:
+    result.to_csv(tmp_path / "wide.csv")
+    found = Attribution.from_csv(tmp_path / "wide.csv")
+    for field in ("queries", "query_ids", "groups"):
+        assert getattr(found, field) == getattr(result, field)
+    np.testing.assert_array_equal(found.scores, result.scores)
+    assert np.isnan(found.std_error).all() and np.isnan(found.error_base).all() and found.draws == 0
+    found.to_parquet(tmp_path / "again")
+    np.testing.assert_array_equal(Attribution.from_parquet(tmp_path / "again").scores, result.scores)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"wide\.csv: must begin with query, query_id and distinct groups, found \[\]"),
+        (b"query,query_id\n", r"must begin with query, query_id and distinct groups"),
+        (b"query,query_id,a,a\n", r"must begin with query, query_id and distinct groups"),
+        (b"image,query_id,a\n", r"must begin with query, query_id and distinct groups"),
+        (b"query,query_id,a,b\nx,1,1.0,2.0\ny,2,1.0\n", r"wide\.csv, row 3: must have a query, its id and 2 scores"),
+        (b"query,query_id,a\nx,1,1.0,2.0\n", r"row 2: must have a query, its id and 1 scores"),
+        (b"query,query_id,a\nx,1,one\n", r"row 2: must have"),
+        (b"query,query_id,a\nx,-1,1\n", r"row 2: must have"),
+        (b"query,query_id,a\n\n", r"row 2: must have"),
+        (b"PAR1\xff\xfe", r"wide\.csv: must be CSV in UTF-8, found a damaged file"),
+        (b'query,query_id,"a\n', r"wide\.csv: must be CSV in UTF-8, found a damaged file"),
+    ],
+)
+def test_damaged_wide_csvs_are_named(tmp_path, content: bytes, message: str) -> None:
+    (tmp_path / "wide.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        Attribution.from_csv(tmp_path / "wide.csv")
+
+
 def test_damaged_and_foreign_parquet_files_are_named(result, tmp_path) -> None:
     file = result.to_parquet(tmp_path / "s.parquet")
     data = file.read_bytes()

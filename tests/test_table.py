@@ -218,3 +218,103 @@ def test_ranking_checks_its_arguments() -> None:
         ranking(["a", 1], [[1.0, 2.0]])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
         ranking(["a", "b"], [[1.0, 2.0]]).to_markdown(limit=0)
+
+
+@pytest.fixture
+def seeds() -> list[Array]:
+    """Three seeds of an oracle."""
+    rng = np.random.default_rng(11)
+    truth = rng.normal(size=(40, 6))
+    return [truth + 0.5 * rng.normal(size=truth.shape) for _ in range(3)]
+
+
+def values_of(table: AgreementTable, method: str) -> dict[str, float]:
+    return {row.metric: row.mean for row in table.rows if row.method == method}
+
+
+def test_the_floor_is_each_seed_against_the_mean_of_the_others(seeds: list[Array], pair: tuple[Array, Array]) -> None:
+    others = [(seeds[1] + seeds[2]) / 2, (seeds[0] + seeds[2]) / 2, (seeds[0] + seeds[1]) / 2]
+    table = agreement({"GUDA": pair[0]}, seeds[0], others=seeds[1:], metrics=["MRR", "Spearman"])
+    for name, metric in (("MRR", mrr), ("Spearman", spearman)):
+        floor = np.mean([metric(s, g) for s, g in zip(seeds, others, strict=True)])
+        method = np.mean([metric(pair[0], g) for g in others])
+        # Means of 40 values of up to 1 in another order of additions.
+        assert values_of(table, "oracle, other seed")[name] == pytest.approx(floor, abs=120 * 2.0**-53)
+        assert values_of(table, "GUDA")[name] == pytest.approx(method, abs=120 * 2.0**-53)
+    assert [row.method for row in table.rows] == ["GUDA"] * 2 + ["oracle, other seed"] * 2 + ["random"] * 2
+
+
+def test_two_seeds_are_compared_with_each_other(seeds: list[Array]) -> None:
+    table = agreement({"second": seeds[1]}, seeds[0], others=seeds[1:2], metrics=["top-1"])
+    same = top_1_agreement(seeds[0], seeds[1])
+    assert values_of(table, "oracle, other seed")["top-1"] == same.mean()
+    # The method is the second seed: against the first it agrees as the floor does, against the second fully.
+    assert values_of(table, "second")["top-1"] == pytest.approx((same.mean() + 1) / 2, abs=2.0**-50)
+
+
+def test_gaps_are_differences_query_by_query(seeds: list[Array], pair: tuple[Array, Array]) -> None:
+    table = agreement({"GUDA": pair[0]}, seeds[0], others=seeds[1:2], metrics=["MRR"], seed=2)
+    method = (mrr(pair[0], seeds[0]) + mrr(pair[0], seeds[1])) / 2
+    floor = (mrr(seeds[0], seeds[1]) + mrr(seeds[1], seeds[0])) / 2
+    (gap,) = table.gaps
+    assert (gap.method, gap.metric) == ("GUDA", "MRR")
+    assert (gap.mean, gap.low, gap.high) == pytest.approx(bootstrap_mean(method - floor, seed=2)[:3], abs=2.0**-48)
+    # The oracle's first seed as a method: half of the time it is compared with itself.
+    (gap,) = agreement({"first": seeds[0]}, seeds[0], others=seeds[1:2], metrics=["top-1"]).gaps
+    assert gap.mean == pytest.approx((1 - top_1_agreement(*seeds[:2]).mean()) / 2, abs=2.0**-48)
+    assert agreement(pair[0], seeds[0], metrics=["MRR"]).gaps == ()
+
+
+def test_methods_may_be_compared_with_the_mean_of_all_seeds(seeds: list[Array], pair: tuple[Array, Array]) -> None:
+    mean = np.mean(seeds, axis=0)
+    table = agreement({"GUDA": pair[0]}, seeds[0], others=seeds[1:], reference="mean", metrics=["MRR"])
+    alone = agreement({"GUDA": pair[0]}, mean, metrics=["MRR"])
+    assert values_of(table, "GUDA") == values_of(alone, "GUDA")
+    assert values_of(table, "random") == values_of(alone, "random")
+    held_out = agreement({"GUDA": pair[0]}, seeds[0], others=seeds[1:], metrics=["MRR"])
+    assert values_of(table, "oracle, other seed") == values_of(held_out, "oracle, other seed")
+
+
+def test_a_constant_row_of_one_seed_is_missing(seeds: list[Array]) -> None:
+    seeds[1][3] = 2.0
+    rows = agreement({"first": seeds[0]}, seeds[0], others=seeds[1:2], metrics=["Spearman"]).rows
+    assert [(row.method, row.queries, row.missing) for row in rows] == [
+        ("first", 39, 1),
+        ("oracle, other seed", 39, 1),
+        ("random", 39, 1),
+    ]
+
+
+def test_bad_seeds(seeds: list[Array], pair: tuple[Array, Array]) -> None:
+    with pytest.raises(
+        ValueError, match=r"agreement: others\[1\] must have shape \(40, 6\) as oracle, got .*\(39, 6\)"
+    ):
+        agreement(pair[0], seeds[0], others=[seeds[1], seeds[2][1:]])
+    with pytest.raises(ValueError, match="agreement: reference must be one of 'leave-one-out', 'mean', got 'all'"):
+        agreement(pair[0], seeds[0], others=seeds[1:], reference="all")
+    with pytest.raises(ValueError, match="a method must have a name other than 'random' and 'oracle, other seed'"):
+        agreement({"oracle, other seed": pair[0]}, seeds[0])
+
+
+def test_wide_markdown(seeds: list[Array]) -> None:
+    seeds[0][0] = 0.0
+    table = agreement({"a|b": seeds[1]}, seeds[0], metrics=["top-1", "Spearman"], resamples=100)
+    lines = table.to_wide_markdown().splitlines()
+    assert len({len(line) for line in lines[:-2]}) == 1
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[:-2]]
+    assert cells[0] == ["method", "top-1", "Spearman"] and [row[0] for row in cells[2:]] == [r"a\|b", "random"]
+    first = table.rows[0]
+    assert cells[2][1] == f"{first.mean:.3f} [{first.low:.3f}, {first.high:.3f}]"
+    assert lines[-1].endswith("40 queries, of which some means miss up to 1.")
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("leave-one-out", "compares each of 3 seeds with the mean of the other 2, as do all rows."),
+        ("mean", "compares each of 3 seeds with the mean of the other 2, the other rows with the mean of all."),
+    ],
+)
+def test_markdown_says_what_was_compared_with_what(seeds: list[Array], reference: str, said: str) -> None:
+    table = agreement(seeds[0], seeds[0], others=seeds[1:], reference=reference, metrics=["MRR"], resamples=10)
+    assert f"oracle, other seed {said}" in table.to_markdown()

@@ -10,6 +10,7 @@ import typer
 from guda_fast._version import __version__
 from guda_fast.cli.demo import demo
 from guda_fast.cli.doctor import doctor
+from guda_fast.cli.evaluate import evaluate
 from guda_fast.cli.pack import pack_app
 from guda_fast.cli.score import score
 from guda_fast.errors import MENDABLE
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(score)
+app.command()(evaluate)
 app.add_typer(pack_app, name="pack")
 app.command()(doctor)
 

@@ -58,32 +58,33 @@ def in_full(entry: str) -> str:
     return ",".join([f"{name}={Path(path).absolute()}", *(f"{key}={value}" for key, value in choices.items())])
 
 
-def sources_in(folder: Path, others: Mapping[str, object], option: str) -> dict[str, Source]:
+def sources_in(folder: Path, others: Mapping[str, object], option: str, where: str = "--groups") -> dict[str, Source]:
     """The models in a folder, one a sub-folder or weights file, named by it.
 
     others: models named by ``option``, whose names must not come again
+    where: the option that names the folder
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"--groups: must be a folder, found no folder {folder}")
+        raise FileNotFoundError(f"{where}: must be a folder, found no folder {folder}")
     found: dict[str, Source] = {}
     for source in sorted(folder.iterdir()):
-        if source.name.startswith(".") or not (source.is_dir() or _is_weights(source)):
+        if source.name.startswith(".") or not (source.is_dir() or _is_weights(source, where)):
             continue
         name = source.name if source.is_dir() else source.stem
         if name in found or name in others:
-            raise ValueError(f"--groups: names must differ, also from those of {option}, got {name!r} twice")
+            raise ValueError(f"{where}: names must differ, also from those of {option}, got {name!r} twice")
         found[name] = Source(source)
     return found
 
 
-def _is_weights(file: Path) -> bool:
+def _is_weights(file: Path, where: str) -> bool:
     """Whether a file is one of weights, by its ending; one that only its content says so of is an error."""
     if file.suffix.lower() not in _WEIGHTS:
         if file.is_file() and looks_like_weights(file):
-            raise ValueError(f"--groups: weights must end with one of {', '.join(_WEIGHTS)}, found weights in {file}")
+            raise ValueError(f"{where}: weights must end with one of {', '.join(_WEIGHTS)}, found weights in {file}")
         return False
     if is_shard(file):
-        raise ValueError(f"--groups: must hold whole models, found {file}, one shard of one: name its folder instead")
+        raise ValueError(f"{where}: must hold whole models, found {file}, one shard of one: name its folder instead")
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -12,9 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
-from guda_fast.cli.named import all_sources, in_full
+from guda_fast.cli.controls import CONTROL_NAMES, control_names
+from guda_fast.cli.named import all_sources, in_full, sources_in
 from guda_fast.deltas.sources import Source
-from guda_fast.results import RECORD, Attribution
+from guda_fast.results import CONTROLS, RECORD, WIDE, Attribution, RankedGroup
 
 _Queries = Annotated[Path, typer.Argument(help="A folder of images, read recursively.")]
 _Base = Annotated[Path, typer.Option(help="The full-data model: a diffusers folder.")]
@@ -29,6 +31,13 @@ _Groups = Annotated[
     Path | None, typer.Option(help="A folder with one unlearned model a sub-folder or weights file, named by it.")
 ]
 _Pack = Annotated[Path | None, typer.Option(help="A delta pack with all groups, in place of --group and --groups.")]
+_Controls = Annotated[
+    str | None,
+    typer.Option(
+        help="Control groups, whose scores give the others their p-values: a folder with one model each, as for "
+        f"--groups, or a pattern of names among the groups. [{CONTROL_NAMES}, if there are any]"
+    ),
+]
 _Conditions = Annotated[
     Path | None,
     typer.Option(help='JSON lines with "file_name" and "prompt" or "label" of each image, for a conditional model.'),
@@ -37,7 +46,9 @@ _Pipeline = Annotated[
     Path | None, typer.Option(help="A diffusers pipeline with the text encoder and the VAE; by default --base itself.")
 ]
 _Scheduler = Annotated[Path | None, typer.Option(help="scheduler_config.json, if it is not beside the base.")]
-_Out = Annotated[Path, typer.Option(help="Gets scores.parquet, scores.csv and run.json.")]
+_Out = Annotated[
+    Path, typer.Option(help="Gets scores.parquet, scores.csv and run.json; controls.parquet where there are controls.")
+]
 
 
 def score(
@@ -47,6 +58,7 @@ def score(
     group: _Group = None,
     groups: _Groups = None,
     pack: _Pack = None,
+    controls: _Controls = None,
     conditions: _Conditions = None,
     pipeline: _Pipeline = None,
     scheduler: _Scheduler = None,
@@ -84,7 +96,9 @@ def score(
     _check_out(out)
     if (out / RECORD).exists() and not (force or dry_run):
         raise FileExistsError(f"--out: {out} must not hold a result already, found {out / RECORD}; pass --force")
-    bank = DeltaBank.load(base, _counterfactuals(group, groups, pack), scheduler=scheduler)
+    counterfactuals, named = _counterfactuals(group, groups, pack, controls)
+    bank = DeltaBank.load(base, counterfactuals, scheduler=scheduler)
+    null = named or control_names(bank.groups, controls)
     if bank.scheduler is None:
         raise ValueError(f"--scheduler: must be given, found no scheduler_config.json in or beside {base}")
     protocol = Protocol.from_scheduler(
@@ -108,9 +122,12 @@ def score(
     result = attribute(queries, bank, protocol, progress=True, **given, **how)
     for choice in result.provenance["choices"]:
         typer.echo(f"plan: {choice}")
-    _write(result, out, {key: value for key, value in context.params.items() if key not in _NOT_REPLAYED})
-    _print_top(result, min(top, len(bank.groups)))
-    typer.echo(f"{len(result)} queries x {len(bank.groups)} groups in {time.perf_counter() - begin:.1f} s -> {out}")
+    ranked = result.with_p_values(null) if null else result
+    ranked = ranked.with_provenance(config=_config(context.params))
+    _write(ranked, result.select(null) if null else None, out)
+    _print_top(ranked, min(top, len(ranked.groups)))
+    counted = f"{len(ranked.groups)} groups" + (f" and {len(null)} controls" if null else "")
+    typer.echo(f"{len(result)} queries x {counted} in {time.perf_counter() - begin:.1f} s -> {out}")
 
 
 _NOT_REPLAYED = ("out", "dry_run", "force", "config", "top")
@@ -123,24 +140,43 @@ def _check_out(out: Path) -> None:
         raise NotADirectoryError(f"--out: must be a folder that can be written, found {existing}")
 
 
-def _counterfactuals(group: list[str] | None, groups: Path | None, pack: Path | None) -> dict[str, Source] | Path:
-    """The unlearned models by name, or the pack that has them all."""
+def _counterfactuals(
+    group: list[str] | None, groups: Path | None, pack: Path | None, controls: str | None
+) -> tuple[dict[str, Source] | Path, list[str]]:
+    """The unlearned models by name, or the pack that has them all; and the controls that come from their own folder."""
+    folder = Path(controls) if controls is not None and Path(controls).is_dir() else None
     if pack is None:
-        return all_sources(group, groups, "--group")
+        found = all_sources(group, groups, "--group")
+        null = {} if folder is None else sources_in(folder, found, "--group and --groups", "--controls")
+        if folder is not None and not null:
+            raise ValueError(f"--controls: must hold at least one model, found none in {folder}")
+        return found | null, list(null)
     if group or groups is not None:
         raise ValueError("--pack: must be the only one of --pack, --group and --groups, got another too")
-    return pack
+    if folder is not None:
+        raise ValueError(f"--controls: must be a pattern of names in the pack, got the folder {folder}")
+    return pack, []
 
 
-def _write(result: Attribution, out: Path, config: Mapping[str, Any]) -> None:
-    plain = {key: _replayable(value) for key, value in config.items()}
-    named = result.with_provenance(config=plain)
-    named.to_parquet(out)
-    named.to_csv(out / "scores.csv")
+def _config(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that replay the run, from any folder."""
+    plain = {key: _replayable(value) for key, value in parameters.items() if key not in _NOT_REPLAYED}
+    if plain["controls"] is not None and Path(plain["controls"]).is_dir():
+        plain["controls"] = str(Path(plain["controls"]).absolute())
+    return plain
+
+
+def _write(result: Attribution, controls: Attribution | None, out: Path) -> None:
+    if controls is None:
+        (out / CONTROLS).unlink(missing_ok=True)  # of a result that this one replaces
+    else:
+        controls.to_parquet(out / CONTROLS)
+    result.to_csv(out / WIDE)
+    result.to_parquet(out)
 
 
 def _replayable(value: Any) -> Any:
-    """Paths in full, so that the run can be replayed from another folder."""
+    """Paths in full."""
     if isinstance(value, Path):
         return str(value.absolute())
     if isinstance(value, list | tuple):
@@ -150,10 +186,14 @@ def _replayable(value: Any) -> Any:
 
 def _print_top(result: Attribution, count: int, limit: int = 20) -> None:
     for name, ranked in list(zip(result.queries, result.top(count), strict=True))[:limit]:
-        shown = "   ".join(f"{entry.group}  {entry.score:.4g} +- {entry.std_error:.2g}" for entry in ranked)
-        typer.echo(f"{name}   {shown}")
+        typer.echo(f"{name}   {'   '.join(map(_shown, ranked))}")
     if len(result) > limit:
         typer.echo(f"... and {len(result) - limit} more")
+
+
+def _shown(entry: RankedGroup) -> str:
+    text = f"{entry.group}  {entry.score:.4g} +- {entry.std_error:.2g}"
+    return text if math.isnan(entry.p_value) else f"{text} (p {entry.p_value:.2g})"
 
 
 def _replay(context: typer.Context, path: Path | None) -> Path | None:

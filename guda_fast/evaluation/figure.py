@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from guda_fast._files import atomic_write
 from guda_fast._validate import check_int, describe
+from guda_fast.evaluation._matplotlib import load_matplotlib
 from guda_fast.evaluation.metrics import FloatArray, check_names, check_scores, descending_order
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def ranking_figure(
     note = _note(shown, total, min(_TOP, group_count), errors is not None)
     legend = list(zip(groups, colours, strict=True)) if group_count <= len(_PALETTE) else []
 
-    page = _Page(_matplotlib(), columns, -(-shown // columns), title, note, legend)
+    page = _Page(load_matplotlib(_WHERE), columns, -(-shown // columns), title, note, legend)
     for index, order in enumerate(descending_order(matrix[:shown])[:, :_TOP]):
         bars = [
             _Bar(groups[k], colours[k], matrix[index, k], np.nan if errors is None else errors[index, k]) for k in order
@@ -364,18 +365,3 @@ def _check_std_errors(std_errors: ArrayLike | None, scores: FloatArray) -> Float
     if (result < 0).any() or np.isinf(result).any():
         raise ValueError(f"{_WHERE}: std_errors must be finite and at least 0, or NaN where unknown")
     return result if (result > 0).any() else None
-
-
-def _matplotlib() -> ModuleType:
-    try:
-        import matplotlib
-        import matplotlib.backends.backend_agg
-        import matplotlib.figure
-        import matplotlib.font_manager
-        import matplotlib.patches
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{_WHERE} needs matplotlib, which the extra 'report' installs: pip install 'guda-fast[report]'",
-            name=error.name,
-        ) from error
-    return matplotlib

@@ -7,6 +7,7 @@ correlations are defined on tied ranks instead, and are NaN (missing) where eith
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -143,13 +144,39 @@ def spearman(scores: ArrayLike, oracle: ArrayLike) -> FloatArray:
     array([0.5, nan])
     """
     s, g = check_score_pair("spearman", scores, oracle)
-    stats = _scipy_stats("spearman")
-    defined = ~(_constant(s) | _constant(g))
-    # The mean rank is (K + 1) / 2 with or without ties. Centred ranks are halves of integers: sums are exact.
-    centre = (s.shape[1] + 1) / 2
-    a = stats.rankdata(s[defined], axis=1) - centre
-    b = stats.rankdata(g[defined], axis=1) - centre
-    return _fill(defined, (a * b).sum(axis=1) / np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1)))
+    return _spearman(s, g, _scipy_stats("spearman"))
+
+
+def lds(scores: ArrayLike, outcomes: ArrayLike, removed: ArrayLike) -> FloatArray:
+    """Linear datamodelling score: how well sums of group scores rank models retrained without several groups.
+
+    ``spearman over j of (outcomes_j, sum over k in removed_j of s_k)``
+
+    An outcome is the score of a model retrained without all groups of a subset: the ELBO of the full model less that of
+    this one. With the groups that remain in the place of those removed, both sides change their sign and no more.
+
+    scores: the method's scores s [(N, K), real and finite, K >= 2]
+    outcomes: the score of each retrained model [(N, J), real and finite, J >= 2]
+    removed: which groups each was trained without [(J, K), bool]
+    Returns: one value a query [(N,), float64, -1 to 1; NaN where either side is constant]
+    Raises: TypeError, ValueError for other arguments; ModuleNotFoundError without scipy
+    Source: Park et al. 2023 (TRAK), definition 2.3
+
+    >>> lds([[3.0, 1.0]], [[3.5, 0.9, 4.0]], [[True, False], [False, True], [True, True]])
+    array([1.])
+    """
+    s, g = check_scores("lds", "scores", scores), check_scores("lds", "outcomes", outcomes)
+    if len(s) != len(g):
+        raise ValueError(f"lds: outcomes must have {len(s)} rows as scores, got {_describe_array(g)}")
+    subsets: NDArray[Any] = np.asarray(removed)
+    if subsets.dtype != np.bool_:
+        raise TypeError(f"lds: removed must be bool, got {_describe_array(subsets)}")
+    if subsets.shape != (g.shape[1], s.shape[1]):
+        wanted = f"({g.shape[1]}, {s.shape[1]}), a row an outcome and a column a group"
+        raise ValueError(f"lds: removed must have shape {wanted}, got {_describe_array(subsets)}")
+    # Summed exactly, so that subsets of equal sums are tied whatever the order of their groups.
+    predicted = [[math.fsum(row[subset]) for subset in subsets] for row in s]
+    return _spearman(np.reshape(predicted, g.shape), g, _scipy_stats("lds"))
 
 
 def kendall(scores: ArrayLike, oracle: ArrayLike) -> FloatArray:
@@ -230,6 +257,15 @@ def check_names(where: str, name: str, value: Sequence[str], count: int | None =
 
 def _describe_array(array: NDArray[Any]) -> str:
     return f"{array.dtype} array of shape {array.shape}" if array.ndim else describe(array.item())
+
+
+def _spearman(s: FloatArray, g: FloatArray, stats: ModuleType) -> FloatArray:
+    defined = ~(_constant(s) | _constant(g))
+    # The mean rank is (K + 1) / 2 with or without ties. Centred ranks are halves of integers: sums are exact.
+    centre = (s.shape[1] + 1) / 2
+    a = stats.rankdata(s[defined], axis=1) - centre
+    b = stats.rankdata(g[defined], axis=1) - centre
+    return _fill(defined, (a * b).sum(axis=1) / np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1)))
 
 
 def _constant(scores: FloatArray) -> NDArray[np.bool_]:

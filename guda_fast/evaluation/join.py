@@ -1,0 +1,113 @@
+"""Joining results: the scores of methods and oracle as matrices of the same queries and groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from guda_fast.evaluation.metrics import FloatArray, check_scores
+from guda_fast.results import Attribution
+
+_RECORDED = {"base_hash": "base", "protocol": "protocol"}
+_SHOWN = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Results of the same queries and groups, side by side.
+
+    queries: names of the distinct queries, as the first result has them [N]. query_ids: [N, 0..2^64-1].
+    groups: in the order of the first result [K].
+    scores: of each result, by its name [(N, K), float64, finite].
+    notes: what other results were computed with otherwise than the first, one sentence each.
+    """
+
+    queries: tuple[str, ...]
+    query_ids: tuple[int, ...]
+    groups: tuple[str, ...]
+    scores: Mapping[str, FloatArray]
+    notes: tuple[str, ...]
+
+    def rows_of(self, name: str, result: Attribution) -> list[int]:
+        """The row in a result, of whatever groups, of each query; ValueError naming the result and what is missing."""
+        found = _distinct(name, result)
+        missing = [query for query, number in zip(self.queries, self.query_ids, strict=True) if number not in found]
+        if missing:
+            raise ValueError(f"{name}: must have every query that is compared, found {_some(missing)} missing")
+        return [found[number] for number in self.query_ids]
+
+
+def join(results: Mapping[str, Attribution]) -> Joined:
+    """Join results by query id and group name; a query that comes several times is one.
+
+    results: by the names that messages call them, at least one; the first is what the others must match
+    Raises ValueError naming the result and what is missing where, or not finite, or there twice with different scores.
+
+    >>> join({"LOGO": logo, "GUDA": guda}).scores["GUDA"].shape  # doctest: +SKIP
+    (256, 10)
+    """
+    if not results:
+        raise ValueError("join: results must hold at least one result, got an empty mapping")
+    first, *_ = results
+    reference = results[first]
+    rows = {name: _distinct(name, result) for name, result in results.items()}
+    scores, notes = {}, []
+    for name, result in results.items():
+        names = dict(zip(result.query_ids, result.queries, strict=True))
+        _check_same(name, "groups", {g: g for g in result.groups}, first, {g: g for g in reference.groups})
+        _check_same(name, "queries", names, first, dict(zip(reference.query_ids, reference.queries, strict=True)))
+        columns = [result.groups.index(group) for group in reference.groups]
+        scores[name] = result.scores[np.ix_([rows[name][number] for number in rows[first]], columns)]
+        notes += _differences(name, result, first, reference)
+    return Joined(
+        queries=tuple(reference.queries[row] for row in rows[first].values()),
+        query_ids=tuple(rows[first]),
+        groups=reference.groups,
+        scores=scores,
+        notes=tuple(notes),
+    )
+
+
+def _distinct(name: str, result: Attribution) -> dict[int, int]:
+    """The first row of each query id."""
+    try:
+        check_scores("join", "scores", result.scores)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    found: dict[int, int] = {}
+    for row, number in enumerate(result.query_ids):
+        known = found.setdefault(number, row)
+        if not np.array_equal(result.scores[known], result.scores[row]):
+            raise ValueError(
+                f"{name}: must have one score for a query, found others for {result.queries[row]} than for "
+                f"{result.queries[known]}, which has the same id"
+            )
+    return found
+
+
+def _check_same(name: str, what: str, found: Mapping[Any, str], first: str, wanted: Mapping[Any, str]) -> None:
+    """Raise ValueError where two results have other queries or groups; found, wanted: their names by key."""
+    missing = [wanted[key] for key in wanted if key not in found]
+    further = [found[key] for key in found if key not in wanted]
+    if missing or further:
+        parts = [f"found {_some(missing)} missing"] if missing else []
+        parts += [f"found {_some(further)} besides"] if further else []
+        raise ValueError(f"{name}: must have the {what} of {first}, {' and '.join(parts)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" (and {len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _differences(name: str, result: Attribution, first: str, reference: Attribution) -> list[str]:
+    """Rankings compare across bases and protocols, but a reader must know of it."""
+    pairs = {word: (result.provenance.get(key), reference.provenance.get(key)) for key, word in _RECORDED.items()}
+    return [
+        f"{name} has another {word} than {first}."
+        for word, (found, wanted) in pairs.items()
+        if None not in (found, wanted) and found != wanted
+    ]

@@ -1,0 +1,82 @@
+"""Results side by side: order, duplicates, and what is missing where."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from guda_fast.evaluation import join
+from test_p_values import result_of
+
+
+@pytest.fixture
+def logo():
+    return result_of(np.arange(12.0).reshape(4, 3), ["cat", "dog", "owl"])
+
+
+def rows(result, order):
+    return replace(
+        result,
+        queries=tuple(result.queries[row] for row in order),
+        query_ids=tuple(result.query_ids[row] for row in order),
+        scores=result.scores[order],
+    )
+
+
+def test_queries_are_joined_by_id_and_groups_by_name(logo) -> None:
+    other = rows(replace(logo, scores=logo.scores + 100), [2, 0, 3, 1]).select(["owl", "cat", "dog"])
+    found = join({"LOGO": logo, "GUDA": other})
+    np.testing.assert_array_equal(found.scores["GUDA"], logo.scores + 100)
+    np.testing.assert_array_equal(found.scores["LOGO"], logo.scores)
+    assert (found.groups, found.queries, found.query_ids) == (logo.groups, logo.queries, logo.query_ids)
+    assert found.notes == ()
+
+
+def test_a_query_that_comes_twice_is_one(logo) -> None:
+    found = join({"LOGO": rows(logo, [0, 1, 1, 2, 3, 0]), "GUDA": logo})
+    np.testing.assert_array_equal(found.scores["LOGO"], logo.scores)
+    twice = rows(logo, [0, 1, 2, 3, 3])
+    twice.scores[4, 1] += 1
+    with pytest.raises(ValueError, match=r"^GUDA: must have one score for a query, found others for 3\.png than for"):
+        join({"LOGO": logo, "GUDA": twice})
+
+
+def test_what_is_missing_where_is_named(logo) -> None:
+    with pytest.raises(ValueError, match=r"^GUDA: must have the queries of LOGO, found 0\.png, 3\.png missing$"):
+        join({"LOGO": logo, "GUDA": rows(logo, [1, 2])})
+    with pytest.raises(ValueError, match=r"^GUDA: must have the queries of LOGO, found 0\.png, 3\.png besides$"):
+        join({"LOGO": rows(logo, [1, 2]), "GUDA": logo})
+    renamed = replace(logo, groups=("cat", "cow", "ant"))
+    message = "^GUDA: must have the groups of LOGO, found dog, owl missing and found cow, ant besides$"
+    with pytest.raises(ValueError, match=message):
+        join({"LOGO": logo, "GUDA": renamed})
+    many = result_of(np.zeros((9, 2)), ["a", "b"])
+    with pytest.raises(ValueError, match=r"found 1\.png, 2\.png, 3\.png \(and 5 more\) missing"):
+        join({"LOGO": many, "GUDA": rows(many, [0])})
+
+
+def test_scores_that_are_not_finite_are_named(logo) -> None:
+    bad = replace(logo, scores=np.where(logo.scores == 4, np.nan, logo.scores))
+    with pytest.raises(ValueError, match="^GUDA: join: scores must be finite, got nan at query 1, group 1"):
+        join({"LOGO": logo, "GUDA": bad})
+
+
+def test_another_base_or_protocol_is_noted(logo) -> None:
+    found = join({"LOGO": logo, "GUDA": logo.with_provenance(protocol={"seed": 2}, base_hash="c")})
+    assert found.notes == ("GUDA has another base than LOGO.", "GUDA has another protocol than LOGO.")
+    assert join({"LOGO": logo, "CLIP": replace(logo, provenance={})}).notes == ()
+
+
+def test_rows_of_further_results(logo) -> None:
+    found = join({"LOGO": logo})
+    subsets = rows(logo, [3, 2, 1, 0, 0])
+    assert found.rows_of("subsets", subsets) == [3, 2, 1, 0]
+    with pytest.raises(ValueError, match=r"^subsets: must have every query that is compared, found 1\.png missing"):
+        found.rows_of("subsets", rows(logo, [3, 2, 0]))
+
+
+def test_nothing_to_join() -> None:
+    with pytest.raises(ValueError, match="join: results must hold at least one result"):
+        join({})

@@ -1,0 +1,81 @@
+"""Similarity baselines against a plain loop in float64."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from guda_fast.baselines import pixel_similarity, similarity
+from guda_fast.datasets import GroupedImages
+
+
+def plain_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    pairs = list(zip(a.double().flatten().tolist(), b.double().flatten().tolist(), strict=True))
+    lengths = math.sqrt(math.fsum(x * x for x, _ in pairs)) * math.sqrt(math.fsum(y * y for _, y in pairs))
+    return math.fsum(x * y for x, y in pairs) / lengths if lengths else 0.0
+
+
+@pytest.fixture
+def case() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Five queries, 30 examples of 2 x 3 features, groups that overlap and leave examples out."""
+    generator = torch.Generator().manual_seed(2)
+    queries, examples = (torch.randn(count, 2, 3, generator=generator) for count in (5, 30))
+    return queries, examples, {"a": torch.arange(0, 9), "b": torch.arange(5, 28), "c": torch.tensor([29])}
+
+
+@pytest.mark.parametrize("at_once", [4, 1024])
+@pytest.mark.parametrize(("reduce", "plain"), [("mean", lambda v: math.fsum(v) / len(v)), ("max", max)])
+def test_similarity_is_the_plain_loop(case, reduce, plain, at_once, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, examples, members = case
+    monkeypatch.setattr(sys.modules[similarity.__module__], "_EXAMPLES_AT_ONCE", at_once)
+    found = similarity(queries, examples, members, reduce=reduce)
+    expected = [[plain([plain_cosine(q, examples[i]) for i in index]) for index in members.values()] for q in queries]
+    # Six products and up to 23 cosines are summed, each of at most 1, after two divisions: 40 roundings.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=40 * 2.0**-53)
+    assert found.shape == (5, 3) and found.dtype == np.float64
+
+
+def test_scale_does_not_matter_and_zeros_are_like_nothing(case) -> None:
+    queries, examples, members = case
+    expected = similarity(queries.double(), examples.double(), members)
+    for factor in (2.0**-600, 2.0**600):
+        # Powers of two, whose squares are beyond float64.
+        np.testing.assert_array_equal(similarity(queries.double() * factor, examples.double(), members), expected)
+    zeros = similarity(torch.zeros(1, 2, 3), examples, members)
+    np.testing.assert_array_equal(zeros, np.zeros((1, 3)))
+    examples[29] = 0
+    np.testing.assert_array_equal(similarity(queries, examples, members)[:, 2], np.zeros(5))
+
+
+def test_pixels_of_either_type_are_the_same() -> None:
+    pixels = torch.randint(0, 256, (6, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    members = {"a": torch.tensor([0, 1]), "b": torch.tensor([2, 3, 4, 5])}
+    values = pixels.float() / 127.5 - 1
+    found = pixel_similarity(values[:2], GroupedImages(pixels, members))
+    np.testing.assert_array_equal(found, pixel_similarity(values[:2], GroupedImages(values, members)))
+    np.testing.assert_array_equal(found, similarity(values[:2], values, members))
+    assert pixel_similarity(values[:1], GroupedImages(pixels, members), reduce="max")[0, 0] == pytest.approx(1)
+
+
+def test_bad_arguments(case) -> None:
+    queries, examples, members = case
+    with pytest.raises(ValueError, match="similarity: reduce must be one of 'mean', 'max', got 'sum'"):
+        similarity(queries, examples, members, reduce="sum")
+    with pytest.raises(ValueError, match=r"similarity: examples must have shape \(\*, 2, 3\)"):
+        similarity(queries, examples.flatten(1), members)
+    with pytest.raises(ValueError, match=r"similarity: members\['a'\] must be in \[0, 30\), got 30"):
+        similarity(queries, examples, {"a": torch.tensor([30])})
+    with pytest.raises(ValueError, match="similarity: members must have an example of every group, got none for 'a'"):
+        similarity(queries, examples, {"a": torch.tensor([], dtype=torch.int64)})
+    with pytest.raises(ValueError, match="similarity: members must have at least one group"):
+        similarity(queries, examples, {})
+    queries[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="similarity: queries must be finite"):
+        similarity(queries, examples, members)
+    data = GroupedImages(torch.zeros(2, 1, 4, 4), {"a": torch.tensor([0])})
+    with pytest.raises(ValueError, match=r"pixel_similarity: queries must have shape \(\*, 1, 4, 4\)"):
+        pixel_similarity(torch.zeros(1, 3, 4, 4), data)
