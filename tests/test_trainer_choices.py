@@ -77,13 +77,11 @@ def test_saliency_lets_the_largest_gradients_of_the_forget_loss_change_and_nothi
         rows = Noise().draw(generator).forget
         (model(rows.x_t.double(), rows.t).sample - rows.target).square().mean().backward()
     for (name, value), new in zip(model.named_parameters(), result.model.parameters(), strict=True):
-        count = max(1, round(share * value.numel()))
-        chosen = torch.zeros(value.numel(), dtype=torch.bool)
-        chosen[value.grad.flatten().abs().argsort(descending=True, stable=True)[:count]] = True
-        differs = (new != value).flatten()
-        assert int(differs.sum()) == count, name
-        if ".to_k.bias" not in name:  # softmax does not see it: its gradient is rounding
-            assert torch.equal(differs, chosen), name
+        size, differs = value.grad.abs(), new != value
+        assert int(differs.sum()) == max(1, round(share * value.numel())), name
+        # Pairs of channels that a norm makes one have gradients of equal size: either may be taken.
+        if ".to_k.bias" not in name and not differs.all():  # softmax does not see it: its gradient is rounding
+            assert size[differs].min() >= (1 - 1e-9) * size[~differs].max(), name
 
 
 def test_saliency_needs_forget_rows() -> None:
@@ -148,8 +146,10 @@ def test_a_run_stops_at_the_retain_bound_and_gives_the_last_state_within() -> No
     within = run(retain_bound=100.0, bound_every=2)
     assert within.stopped is None and within.steps == 9
     assert_equal(within, run())
-    averaged = run(retain_bound=1.5, bound_every=1, ema_decay=0.9)  # the average lags, and is what is judged
-    assert averaged.steps > 2 and averaged.model.factor.item() <= 1 + 0.1 * (1.5**0.5 - 1)
+    # The average lags, and is what is judged.
+    assert run(retain_bound=1.65, bound_every=1).steps == 2
+    averaged = run(retain_bound=1.65, bound_every=1, ema_decay=0.9)
+    assert averaged.steps == 3 and averaged.model.factor.item() < 1 + 0.1 * (1.65**0.5 - 1)
 
 
 def test_the_retain_bound_judges_distilled_rows_by_their_true_target() -> None:
@@ -172,17 +172,17 @@ def test_bfloat16_forwards_over_float32_weights() -> None:
 
 
 def test_float16_leaves_out_steps_whose_scaled_gradient_overflows() -> None:
-    """Errors of 1e4 times a loss scale of 2^16 are over float16's 65504 until the scale has been halved."""
+    """Errors of 300 times a loss scale of 2^16 are over float16's 65504 until the scale has been halved."""
     base = tiny_unet()
     rows = Noise().draw(torch.Generator()).retain
-    objective = Fixed(Rows(rows.x_t, rows.t, None, torch.full_like(rows.x_t, 1e4)))
+    objective = Fixed(Rows(rows.x_t, rows.t, None, torch.full_like(rows.x_t, 300.0)))
     first = train(base, objective, TrainConfig(1, precision="fp16"))
     assert changed(first.model, base) == [] and log_of(first)[0]["grad_norm"] is None
-    result = train(base, objective, TrainConfig(12, precision="fp16"))
+    result = train(base, objective, TrainConfig(20, precision="fp16"))
     norms = [line["grad_norm"] for line in log_of(result)]
     assert norms[0] is None and norms[-1] is not None
     exact = train(base, objective, TrainConfig(1))
-    found = norms[norms.index(next(norm for norm in norms if norm is not None))]
+    found = next(norm for norm in norms if norm is not None)
     assert found == pytest.approx(log_of(exact)[0]["grad_norm"], rel=2**-7)  # unscaled; the weights are still those
     assert changed(result.model, base) != []
 
