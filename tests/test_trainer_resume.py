@@ -188,7 +188,8 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     assert_equal(found, expected)
 
 
-# The modules are imported once: a fork of a process that has computed nothing yet may compute.
+# Modules, also those that a model and an optimiser ask for late, are imported once: a fork of a process that has had no
+# backward may have one.
 _KILLED = """
 import os, pathlib, random, signal, sys, time
 import torch
@@ -196,6 +197,7 @@ from guda_fast.counterfactuals import TrainConfig, train
 from tiny import tiny_unet
 from training import Noise
 folder, moments = pathlib.Path(sys.argv[1]), random.Random(0)
+torch.optim.AdamW(tiny_unet().parameters()).step()
 for life in range(8):
     begun = folder / f"begun-{life}"
     child = os.fork()
