@@ -93,7 +93,8 @@ class DenoisingObjective:
     Raises TypeError or ValueError naming the argument. Source: Ho et al. 2020, eq. 14.
     """
 
-    retain_weight, forget_weight, forget_share = 1.0, 0.0, None
+    retain_weight, forget_weight = 1.0, 0.0
+    forget_share: float | None = None
 
     def __init__(
         self,

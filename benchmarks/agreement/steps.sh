@@ -1,0 +1,54 @@
+# The steps that the experiments share; sourced with the folder that gets everything.
+set -euo pipefail
+out=$1
+mkdir -p "$out"
+# Two processes of one thread each; small networks gain little from more threads.
+export OMP_NUM_THREADS=1
+devices=(--device cpu --device cpu)
+
+base_and_logo() { # DATA [options of train]: the base, its queries, and what they score without each group retrained
+    data=$1
+    guda-fast train --data "$data" --out "$out/base" "${@:2}"
+    if [ ! -d "$out/queries" ]; then
+        python -m benchmarks.sample_queries "$out/base" "$out/queries" --count 256
+    fi
+    logo 0
+}
+
+logo() { # SEED: the oracle of another seed
+    guda-fast logo --base "$out/base" --data "$data" --groups all --seed "$1" --out "$out/logo-$1" "${devices[@]}"
+    score base "logo-$1"
+}
+
+unlearn_and_score() { # NAME BASE OPERATOR [options of unlearn]
+    guda-fast unlearn "$3" --base "$out/$2" --data "$data" --groups all --out "$out/$1" "${@:4}" "${devices[@]}"
+    score "$2" "$1"
+}
+
+score() { # BASE NAME
+    local given=()
+    if [ -f "$out/$1.jsonl" ]; then
+        given=(--conditions "$out/$1.jsonl")
+    fi
+    if [ ! -d "$out/scores/$2" ]; then
+        guda-fast score "$out/queries" --base "$out/$1" --groups "$out/$2" "${given[@]}" --out "$out/scores/$2"
+    fi
+}
+
+null_labels() { # LABEL: all queries have it under the base with classes
+    for query in "$out"/queries/*.png; do
+        printf '{"file_name": "%s", "label": %d}\n' "$(basename "$query")" "$1"
+    done > "$out/base-classes.jsonl"
+}
+
+evaluate() { # NAME METHODS...: against all oracles that are there
+    local oracles=() methods=()
+    for scores in "$out"/scores/logo-*; do
+        oracles+=(--oracle "$scores")
+    done
+    for method in "${@:2}"; do
+        methods+=("$method=$out/scores/$method")
+    done
+    guda-fast evaluate "${methods[@]}" "${oracles[@]}" --data "$data" --queries "$out/queries" --out "$out/evaluation" --force
+    cp "$out/evaluation/agreement.csv" "benchmarks/results/$1.csv"
+}
