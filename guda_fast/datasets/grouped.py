@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from guda_fast._validate import check_index_range, check_tensor, describe
+from guda_fast._validate import check_choice, check_index_range, check_int, check_tensor, describe
 from guda_fast.forward.conditions import Conditions
 
 _WHERE = "GroupedImages"
@@ -21,7 +21,11 @@ class GroupedImages:
     images: [(N, C, H, W), float32 in [-1, 1], or uint8 in 0..255 to save memory]
     members: which images each group has, by its name; groups may overlap, and need not have all images
         [(N_k,) each: int64, rising, N_k >= 1]
-    conditions: of each image, for conditional models [None for unconditional ones]
+    conditions: of each image, for conditional models; may hold more than the images have [None for unconditional ones]
+    null: the row of ``conditions`` that stands for no condition [None where there is none]
+    removed: for each row of ``conditions`` the one that says the same without the group, as a prompt without its style;
+        rows with the same one have the same object [(U,), int64; None where this is not known]
+    controls: the groups that are random subsets, see ``with_controls`` [names in ``members``]
 
     Raises TypeError or ValueError naming the argument.
 
@@ -34,6 +38,9 @@ class GroupedImages:
     images: Tensor
     members: Mapping[str, Tensor]
     conditions: Conditions | None = None
+    null: int | None = None
+    removed: Tensor | None = None
+    controls: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_tensor(_WHERE, "images", self.images, shape=(None,) * 4, dtypes=(torch.float32, torch.uint8))
@@ -47,8 +54,23 @@ class GroupedImages:
             check_index_range(_WHERE, name, index, len(self.images) - 1)
             if not bool((index[1:] > index[:-1]).all()):
                 raise ValueError(f"{_WHERE}: {name} must rise, got {describe(index)}")
-        if self.conditions is not None and len(self.conditions) != len(self.images):
+        self._check_conditions()
+        for name in self.controls:
+            check_choice(_WHERE, "controls", name, self.members)
+
+    def _check_conditions(self) -> None:
+        if self.conditions is None:
+            if self.null is not None or self.removed is not None:
+                raise ValueError(f"{_WHERE}: null and removed must come with conditions, got conditions None")
+            return
+        if len(self.conditions) != len(self.images):
             raise ValueError(f"{_WHERE}: conditions must be those of {len(self)} images, got {len(self.conditions)}")
+        last = self.conditions.count - 1
+        if self.null is not None:
+            check_int(_WHERE, "null", self.null, 0, last)
+        if self.removed is not None:
+            check_tensor(_WHERE, "removed", self.removed, shape=(last + 1,), dtypes=(torch.int64,))
+            check_index_range(_WHERE, "removed", self.removed, last)
 
     @classmethod
     def by_label(
