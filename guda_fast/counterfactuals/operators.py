@@ -9,7 +9,9 @@ from typing import Any
 
 from guda_fast._validate import check_choice
 from guda_fast.counterfactuals.erasediff import EraseDiffObjective
+from guda_fast.counterfactuals.esd import ESDObjective
 from guda_fast.counterfactuals.objective import Objective
+from guda_fast.counterfactuals.redirect import RedirectObjective
 from guda_fast.counterfactuals.retrack import ReTrackObjective
 from guda_fast.counterfactuals.siss import SISSObjective
 from guda_fast.datasets.grouped import GroupedImages
@@ -79,8 +81,10 @@ OPERATORS: Mapping[str, Operator] = {
     operator.name: operator
     for operator in (
         Operator("retrack", ReTrackObjective, {"default": _DEFAULT, "official": _OFFICIAL}),
+        Operator("esd", ESDObjective, {"default": _DEFAULT}, needs=("conditions", "null")),
         Operator("siss", SISSObjective, {"default": _DEFAULT}),
         Operator("erasediff", EraseDiffObjective, {"default": _DEFAULT}),
+        Operator("redirect", RedirectObjective, {"default": _DEFAULT}, needs=("conditions", "anchors")),
     )
 }
 
