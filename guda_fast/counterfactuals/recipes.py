@@ -16,7 +16,7 @@ from guda_fast._validate import check_choice, check_int, check_real
 from guda_fast.counterfactuals.networks import check_fits, initial
 from guda_fast.counterfactuals.objective import Batch, DenoisingObjective, Objective, Rows
 from guda_fast.counterfactuals.operators import OPERATORS, Preset, make_objective
-from guda_fast.counterfactuals.runs import RECORD
+from guda_fast.counterfactuals.runs import RECORD, write_manifest
 from guda_fast.counterfactuals.trainer import TrainConfig, TrainResult
 from guda_fast.datasets.encoders import networks_hash
 from guda_fast.datasets.grouped import GroupedImages
@@ -107,8 +107,9 @@ class Retraining:
     data: all images. recipe: of the base. groups: to leave out, a run each [names; None for one run on all images].
     name: of that one run.
 
-    A class-conditional LOGO model keeps its group's label, whose embedding stays near its first value. Raises TypeError or
-    ValueError naming the group, CheckpointError where network and data do not fit.
+    A class-conditional LOGO model keeps its group's label, whose embedding no image trains.
+
+    Raises TypeError or ValueError naming the group, CheckpointError where network and data do not fit.
     """
 
     def __init__(
@@ -148,15 +149,17 @@ class Retraining:
         return LabelDropout(objective, self.data.null, self.recipe.label_dropout)
 
     def write(self, name: str, result: TrainResult, folder: Path) -> None:
-        """A diffusers pipeline of a base, the bare model of a LOGO run, and the log."""
-        result.save(folder)
-        if self._without[name] is None:
-            from diffusers import DDPMPipeline, DDPMScheduler
+        """A diffusers pipeline and the data's manifest of a base, the bare model of a LOGO run; and the log."""
+        if self._without[name] is not None:
+            result.save(folder)
+            return
+        from diffusers import DDPMPipeline, DDPMScheduler
 
-            scheduler: Any = DDPMScheduler.from_config(dict(self.recipe.scheduler))
-            for file in ("config.json", "diffusion_pytorch_model.safetensors"):
-                (folder / file).unlink()
-            DDPMPipeline(result.model, scheduler).save_pretrained(folder)
+        scheduler: Any = DDPMScheduler.from_config(dict(self.recipe.scheduler))
+        DDPMPipeline(result.model, scheduler).save_config(folder)
+        scheduler.save_pretrained(folder / "scheduler")
+        result.save(folder / "unet")
+        write_manifest(folder, self.record)
 
 
 class LabelDropout:
@@ -257,7 +260,8 @@ class Unlearning:
             raise ValueError(f"unlearn: scheduler must be given, found none in or beside {opened.origin}")
         check_fits(opened.origin, opened.model, data)
         self.start = opened.model
-        self._scheduler = opened.scheduler
+        # Private keys are of the diffusers version that wrote it.
+        self._scheduler = {key: value for key, value in opened.scheduler.items() if not key.startswith("_")}
         self._schedule = Schedule.from_scheduler(opened.scheduler)
         self.record = manifest(data)
         if not isinstance(base, nn.Module):
