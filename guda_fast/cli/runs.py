@@ -30,6 +30,9 @@ Devices = Annotated[
 ]
 Together = Annotated[int, typer.Option(help="Groups that a process makes in one loop.", min=1)]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of another setting; once a setting.")]
+Checkpoints = Annotated[
+    int, typer.Option("--checkpoint-every", help="Steps after which a run can go on when it is killed.", min=1)
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the cost only.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images a step.", min=1)]
 
@@ -85,6 +88,7 @@ def make(
     *,
     devices: Sequence[str] | None,
     together: int = 1,
+    checkpoint_every: int = 100,
     dry_run: bool = False,
     pack: tuple[Path, Path] | None = None,
     beside: bool = True,
@@ -110,7 +114,10 @@ def make(
         packing.add([name for name in series.names if name not in left])
     done = len(series.names) - len(left)
     with Progress(series.names, done, None if packing is None else lambda name: packing.add([name])) as progress:
-        failures = dict(work_through(order, series, out, progress, devices=places, together=together))
+        found = work_through(
+            order, series, out, progress, devices=places, together=together, checkpoint_every=checkpoint_every
+        )
+    failures = dict(found)
     typer.echo(f"{len(series.names) - len(failures)} of {len(series.names)} finished ({done} before) -> {out}")
     if packing is not None:
         failures |= packing.failures

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from guda_fast.cli.runs import BatchSize, Data, Devices, DryRun, Settings, make, parsed_settings
+from guda_fast.cli.runs import BatchSize, Checkpoints, Data, Devices, DryRun, Settings, make, parsed_settings
 
 
 def train(
@@ -23,6 +23,7 @@ def train(
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of first weights, batches and noise.", min=0, max=2**62)] = 0,
     settings: Settings = None,
+    checkpoint_every: Checkpoints = 100,
     device: Devices = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -34,4 +35,4 @@ def train(
     given = {**parsed_settings(settings), "seed": seed, **({} if steps is None else {"steps": steps})}
     target = out.absolute()
     order = BaseOrder(data, target.name, network, given, batch_size, label_dropout)
-    make(order, target.parent, devices=device, dry_run=dry_run, beside=False)
+    make(order, target.parent, devices=device, checkpoint_every=checkpoint_every, dry_run=dry_run, beside=False)

@@ -10,6 +10,7 @@ import typer
 from guda_fast.cli.runs import (
     Base,
     BatchSize,
+    Checkpoints,
     Data,
     Devices,
     DryRun,
@@ -37,6 +38,7 @@ def unlearn(
     settings: Settings = None,
     pack: Annotated[Path | None, typer.Option(help="A delta pack that gets each model when it is finished.")] = None,
     together: Together = 1,
+    checkpoint_every: Checkpoints = 100,
     device: Devices = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -47,4 +49,6 @@ def unlearn(
     recipe = UnlearningRecipe(operator, preset, steps, batch_size, {"seed": seed, **parsed_settings(settings)})
     order = UnlearnOrder(base, data, recipe, split_groups(groups), controls)
     packing = None if pack is None else (pack, base)
-    make(order, out, devices=device, together=together, dry_run=dry_run, pack=packing)
+    make(
+        order, out, devices=device, together=together, checkpoint_every=checkpoint_every, dry_run=dry_run, pack=packing
+    )

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from guda_fast.counterfactuals.queue import Event, Listener, Place, Worker, failures_of
+from guda_fast.counterfactuals.queue import Event, How, Listener, Place, Worker, failures_of
 from guda_fast.counterfactuals.recipes import Series
 from guda_fast.counterfactuals.runs import finished
 
@@ -32,8 +32,7 @@ class _Task:
     order: Order
     out: Path
     token: str
-    device: str
-    together: int
+    how: How
     threads: int | None
 
 
@@ -45,41 +44,41 @@ def work_through(
     *,
     devices: Sequence[str] = ("cpu",),
     together: int = 1,
+    checkpoint_every: int = 100,
 ) -> Mapping[str, str]:
     """Make all runs of a series that are not finished, by one process a device.
 
     order: opens the series in a worker process. series: the same, opened. out: gets a folder a run.
     listen: called with events, in this process. devices: one works here, more in processes of their own, which share
-        the CPU threads. together: runs in one loop [>= 1].
+        the CPU threads. together, checkpoint_every: see ``How``.
 
     Returns why each run is not there that is not, by its name. Raises CheckpointError, before anything is made, where
     a finished run in ``out`` has other settings.
     """
     place, token = Place(out), secrets.token_hex(8)
+    hows = [How(device, together, checkpoint_every) for device in devices]
     left = [name for name in series.names if not finished(place.folder(name), series.settings(name))]
     try:
-        if left and len(devices) == 1:
-            Worker(series, place, listen, token=token, device=devices[0], together=together).run()
+        if left and len(hows) == 1:
+            Worker(series, place, listen, token, hows[0]).run()
         elif left:
-            _in_processes(order, place, listen, token, devices, together)
+            _in_processes(order, place, listen, token, hows)
         return failures_of(series, place, token)
     finally:
         place.tidy()
 
 
-def _in_processes(
-    order: Order, place: Place, listen: Listener, token: str, devices: Sequence[str], together: int
-) -> None:
-    sharing = sum(torch.device(device).type == "cpu" for device in devices)
+def _in_processes(order: Order, place: Place, listen: Listener, token: str, hows: Sequence[How]) -> None:
+    sharing = sum(torch.device(how.device).type == "cpu" for how in hows)
     threads = max(1, torch.get_num_threads() // sharing) if sharing else None
     context = multiprocessing.get_context("spawn")
     pipes: dict[Connection[Any, Any], Callable[[], object]] = {}
     processes = []
     try:
-        for device in devices:
+        for how in hows:
             ours, theirs = context.Pipe(duplex=False)
-            task = _Task(order, place.out, token, device, together, threads)
-            process = context.Process(target=_work, args=(task, theirs), name=f"guda-fast {device}", daemon=True)
+            task = _Task(order, place.out, token, how, threads)
+            process = context.Process(target=_work, args=(task, theirs), name=f"guda-fast {how.device}", daemon=True)
             process.start()
             theirs.close()  # or the end of the process would not be seen here
             pipes[ours] = process.join
@@ -110,6 +109,4 @@ def _work(task: _Task, pipe: Connection[Any, Any]) -> None:
             os._exit(1)
 
     with suppress(KeyboardInterrupt):
-        Worker(
-            task.order.open(), Place(task.out), send, token=task.token, device=task.device, together=task.together
-        ).run()
+        Worker(task.order.open(), Place(task.out), send, task.token, task.how).run()

@@ -84,28 +84,33 @@ class Place:
             self.hidden.rmdir()
 
 
+@dataclass(frozen=True)
+class How:
+    """How a worker works; what it makes does not depend on it, but for the rounding of devices and batched forwards.
+
+    device: of the training. together: runs in one loop [>= 1].
+    checkpoint_every: steps from one checkpoint to the next [>= 1; None for none, and nothing to go on from].
+    """
+
+    device: str = "cpu"
+    together: int = 1
+    checkpoint_every: int | None = 100
+
+    def __post_init__(self) -> None:
+        check_int("How", "together", self.together, 1)
+        if self.checkpoint_every is not None:
+            check_int("How", "checkpoint_every", self.checkpoint_every, 1)
+
+
 class Worker:
     """Makes the runs of a series that nobody else makes, until none is left.
 
-    series: what to make. place: where. device: of the training. listen: called with events.
-    together: runs in one loop [>= 1]. token: of the command: a run that failed is not tried twice by one command.
-    resumable: keep checkpoints of unfinished runs.
+    series: what to make. place: where. listen: called with events. how: see there.
+    token: of the command: a run that failed is not tried twice by one command.
     """
 
-    def __init__(
-        self,
-        series: Series,
-        place: Place,
-        listen: Listener,
-        *,
-        token: str,
-        device: str = "cpu",
-        together: int = 1,
-        resumable: bool = True,
-    ) -> None:
-        self.series, self.place, self.device, self.token = series, place, device, token
-        self.together = check_int("Worker", "together", together, 1)
-        self.resumable = resumable
+    def __init__(self, series: Series, place: Place, listen: Listener, token: str, how: How) -> None:
+        self.series, self.place, self.token, self.how = series, place, token, how
         self._listen = listen
         self._steps_heard: dict[str, float] = {}
 
@@ -130,7 +135,7 @@ class Worker:
         claims: list[str] = []
         others = False
         for name in self.series.names:
-            if len(claims) == self.together:
+            if len(claims) == self.how.together:
                 break
             if self._settled(name) or (claims and self.series.config(name) != self.series.config(claims[0])):
                 continue
@@ -169,15 +174,17 @@ class Worker:
 
     def _trained(self, objectives: Mapping[str, Objective]) -> Mapping[str, TrainResult | Exception]:
         names = list(objectives)
+        every = self.how.checkpoint_every
         identities = {name: json.dumps(self.series.settings(name), sort_keys=True) for name in names}
         try:
             return train_together(
                 self.series.start,
                 objectives,
                 self.series.config(names[0]),
-                device=self.device,
-                work={name: self.place.work(name) for name in names} if self.resumable else None,
+                device=self.how.device,
+                work=None if every is None else {name: self.place.work(name) for name in names},
                 identity=identities,
+                checkpoint_every=every or 1,
                 progress=self._step,
             )
         except _FAILURES as error:
@@ -190,7 +197,7 @@ class Worker:
             self._listen(Event("step", name, done, steps))
 
     def _keep(self, name: str, result: TrainResult) -> None:
-        work = self.place.work(name) if self.resumable else None
+        work = None if self.how.checkpoint_every is None else self.place.work(name)
         save_run(
             self.place.folder(name),
             lambda folder: self.series.write(name, result, folder),
@@ -217,7 +224,7 @@ def complete(series: Series, out: Path, listen: Listener) -> None:
     """
     place, token = Place(out), secrets.token_hex(8)
     try:
-        Worker(series, place, listen, token=token, resumable=False).run()
+        Worker(series, place, listen, token, How(checkpoint_every=None)).run()
         failures = failures_of(series, place, token)
     finally:
         place.tidy()
