@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -25,6 +25,10 @@ class FromBase:
     scales: tuple[float, ...] = (1.0,)
     conditions: tuple[Tensor | None, ...] = (None,)
 
+    def to(self, device: torch.device) -> FromBase:
+        """The same on a device."""
+        return replace(self, conditions=tuple(None if row is None else row.to(device) for row in self.conditions))
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -32,12 +36,26 @@ class Rows:
 
     x_t: [(B, C, H, W), float32]. t: [(B,), int64]. condition: rows of the objective's conditions [(B,), int64; None
     for an unconditional model]. target: [(B, C, H, W), float32], or what the base predicts.
+    true: the ordinary target, by which a retain bound judges rows whose ``target`` is the base's prediction
+        [(B, C, H, W), float32; None where ``target`` is it, or no bound is wanted].
     """
 
     x_t: Tensor
     t: Tensor
     condition: Tensor | None
     target: Tensor | FromBase
+    true: Tensor | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Rows:
+        """The same on a device, images and targets in a dtype."""
+        target = self.target.to(device) if isinstance(self.target, FromBase) else self.target.to(device, dtype)
+        return Rows(
+            self.x_t.to(device, dtype),
+            self.t.to(device),
+            None if self.condition is None else self.condition.to(device),
+            target,
+            None if self.true is None else self.true.to(device, dtype),
+        )
 
 
 @dataclass(frozen=True)
@@ -105,8 +123,9 @@ class DenoisingObjective:
         drawn = self.index[torch.randint(len(self.index), (self.batch_size,), generator=generator)]
         x0 = self.data.take(drawn)
         t, eps = self.noising.sample(x0, generator)
-        target = FromBase() if self.retain == "distill" else self.noising.target(x0, eps, t)
-        return Rows(self.noising.noise(x0, eps, t), t, condition_of(self.data, drawn), target)
+        x_t, condition = self.noising.noise(x0, eps, t), condition_of(self.data, drawn)
+        true = self.noising.target(x0, eps, t)
+        return Rows(x_t, t, condition, FromBase(), true) if self.retain == "distill" else Rows(x_t, t, condition, true)
 
 
 def condition_of(data: GroupedImages, index: Tensor) -> Tensor | None:

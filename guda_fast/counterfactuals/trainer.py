@@ -2,73 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from guda_fast._validate import check_choice, check_int, check_real
-from guda_fast.counterfactuals.objective import FromBase, Objective, Rows
+from guda_fast._validate import check_int
+from guda_fast.counterfactuals.config import TrainConfig
+from guda_fast.counterfactuals.frozen import FrozenBase, concatenated, inputs_of
+from guda_fast.counterfactuals.objective import Objective
+from guda_fast.counterfactuals.result import TrainResult
+from guda_fast.counterfactuals.run import Run
+from guda_fast.counterfactuals.selection import selected
+from guda_fast.counterfactuals.students import DenseStudents
+
+__all__ = ["ProgressCallback", "TogetherCallback", "TrainConfig", "TrainResult", "train", "train_together"]
 
 ProgressCallback = Callable[[int, int], object]
 """Called with (steps done, steps in all)."""
-
-
-_SMALLEST = sys.float_info.min
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of one run.
-
-    steps: optimiser steps [>= 1]. lr: AdamW's learning rate [> 0]. weight_decay: [>= 0].
-    warmup_steps: the learning rate rises linearly over these steps [>= 0].
-    decay: what it does afterwards ["constant", or "cosine" down to 0 at the last step].
-    grad_clip: largest norm of the gradient [> 0, or None]. ema_decay: of the averaged weights that are
-    returned [0..1, or None for the last weights]; it warms up as (1 + step) / (10 + step).
-    seed: of batches, timesteps and noise.
-    """
-
-    steps: int
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    decay: str = "constant"
-    grad_clip: float | None = 1.0
-    ema_decay: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_int("TrainConfig", "steps", self.steps, 1)
-        check_real("TrainConfig", "lr", self.lr, _SMALLEST)
-        check_real("TrainConfig", "weight_decay", self.weight_decay, 0)
-        check_int("TrainConfig", "warmup_steps", self.warmup_steps, 0)
-        check_choice("TrainConfig", "decay", self.decay, ("constant", "cosine"))
-        check_int("TrainConfig", "seed", self.seed, 0, 2**63 - 1)
-        if self.grad_clip is not None:
-            check_real("TrainConfig", "grad_clip", self.grad_clip, _SMALLEST)
-        if self.ema_decay is not None:
-            check_real("TrainConfig", "ema_decay", self.ema_decay, 0, 1)
-
-    def lr_factor(self, step: int) -> float:
-        """The learning rate of a step as a share of ``lr``."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        if self.decay == "constant":
-            return 1.0
-        return (1 + math.cos(math.pi * (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))) / 2
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """model: a new module with the trained (or averaged) weights, in eval mode. losses: one a step."""
-
-    model: nn.Module
-    losses: Sequence[float]
+TogetherCallback = Callable[[str, int, int], object]
+"""Called with (run, its steps done, its steps in all)."""
+_ALONE = "run"
 
 
 def train(
@@ -76,70 +31,97 @@ def train(
     objective: Objective,
     config: TrainConfig,
     *,
+    device: torch.device | str | None = None,
+    work: Path | None = None,
+    identity: str = "",
+    checkpoint_every: int = 100,
     progress: ProgressCallback | None = None,
 ) -> TrainResult:
     """Minimise ``objective`` with AdamW, starting from a copy of ``model``, which stays as it is.
 
-    model: any diffusers denoiser. objective: draws its own batches. progress: called after every step.
+    model: any diffusers denoiser. objective: draws its own batches. device: [the model's].
+    work: a folder for the checkpoint and the log, from which the same call goes on after it was killed.
+    identity: what else the run depends on, such as its data: a checkpoint of another one is refused.
+    checkpoint_every: steps from one checkpoint to the next [>= 1]. progress: called after every step.
 
     Returns the trained copy and its losses. Raises FloatingPointError, naming the step, when the loss is no
-    longer finite, or when the weights at the end are not. Runs on the CPU.
+    longer finite, or when the weights at the end are not.
     """
-    student = copy.deepcopy(model).train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    learning_rate = torch.optim.lr_scheduler.LambdaLR(optimizer, config.lr_factor)
-    average = None if config.ema_decay is None else copy.deepcopy(student).requires_grad_(False)
-    generator = torch.Generator().manual_seed(config.seed)
-    losses = []
-    for step in range(config.steps):
-        loss = _loss(student, model, objective, generator)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"train: the loss must stay finite, got {losses[-1]} at step {step}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if config.grad_clip is not None:
-            nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip)
-        optimizer.step()
-        learning_rate.step()
-        if average is not None:
-            _update_average(average, student, min(config.ema_decay or 0.0, (1 + step) / (10 + step)))
-        if progress is not None:
-            progress(step + 1, config.steps)
-    trained = student if average is None else average
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in trained.parameters()):
-        raise FloatingPointError("train: the weights must stay finite, got NaN or infinity after the last step")
-    return TrainResult(trained.eval().requires_grad_(False), losses)
+    (found,) = train_together(
+        model,
+        {_ALONE: objective},
+        config,
+        device=device,
+        work=None if work is None else {_ALONE: work},
+        identity={_ALONE: identity},
+        checkpoint_every=checkpoint_every,
+        progress=None if progress is None else lambda _, done, total: progress(done, total),
+    ).values()
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
-@torch.no_grad()
-def _update_average(average: nn.Module, student: nn.Module, decay: float) -> None:
-    averaged: list[Tensor] = list(average.parameters())
-    torch._foreach_lerp_(averaged, list(student.parameters()), 1 - decay)
-    for kept, new in zip(average.buffers(), student.buffers(), strict=True):
-        kept.copy_(new)
+def train_together(
+    model: nn.Module,
+    objectives: Mapping[str, Objective],
+    config: TrainConfig,
+    *,
+    device: torch.device | str | None = None,
+    work: Mapping[str, Path] | None = None,
+    identity: Mapping[str, str] | None = None,
+    checkpoint_every: int = 100,
+    progress: TogetherCallback | None = None,
+) -> dict[str, TrainResult | Exception]:
+    """Several runs in one loop; each is what ``train`` makes of its objective alone.
+
+    objectives, work, identity: by the name of the run. progress: called after every step of every run.
+
+    Returns for each run what it gives, or the exception that ended it; the others then go on.
+    """
+    check_int("train", "checkpoint_every", checkpoint_every, 1)
+    parameter = next(model.parameters())
+    place = parameter.device if device is None else torch.device(device)
+    base = FrozenBase(model, place, shared=place.type != "cpu")
+    loop = _Loop(base)
+    names = selected(model, config.trained)
+    runs = {}
+    for name, objective in objectives.items():
+        students = DenseStudents(model, (name,), names, place)
+        runs[name] = Run(name, objective, config, students, place, parameter.dtype)
+    results: dict[str, TrainResult | Exception] = {}
+    while active := [run for name, run in runs.items() if name not in results]:
+        loop.step(active)
+        for run in active:
+            if progress is not None:
+                progress(run.name, run.step, config.steps)
+            if run.done:
+                results[run.name] = run.result("train")
+    return {name: results[name] for name in objectives}
 
 
-def _loss(student: nn.Module, base: nn.Module, objective: Objective, generator: torch.Generator) -> Tensor:
-    batch = objective.draw(generator)
-    parts = [rows for rows in (batch.retain, batch.forget) if rows is not None]
-    x_t, t = torch.cat([rows.x_t for rows in parts]), torch.cat([rows.t for rows in parts])
-    predictions = _predict(student, x_t, t).split([len(rows.t) for rows in parts])
-    weights = (objective.retain_weight, objective.forget_weight)
-    losses = [
-        weight * (prediction - _target(base, rows)).square().mean()
-        for weight, prediction, rows in zip(weights, predictions, parts, strict=False)
-    ]
-    return torch.stack(losses).sum()
+class _Loop:
+    def __init__(self, base: FrozenBase) -> None:
+        self.base = base
 
-
-def _target(base: nn.Module, rows: Rows) -> Tensor:
-    if isinstance(rows.target, FromBase):
-        raise NotImplementedError
-    return rows.target
-
-
-def _predict(model: nn.Module, x_t: Tensor, t: Tensor) -> Tensor:
-    """The model's prediction, without variance channels if it has any [(B, C, H, W)]."""
-    prediction: Tensor = model(x_t, t, return_dict=False)[0]
-    return prediction[:, : x_t.shape[1]]
+    def step(self, runs: list[Run]) -> None:
+        conditions = {run.name: run.conditions for run in runs}
+        batches = {run.name: run.draw() for run in runs}
+        parts = {
+            name: [rows for rows in (batch.retain, batch.forget) if rows is not None] for name, batch in batches.items()
+        }
+        targets = self.base.targets(parts, conditions)
+        for run in runs:
+            rows = parts[run.name]
+            joined = concatenated([inputs_of(part, conditions[run.name]) for part in rows])
+            predictions = run.students.predict({run.name: joined})[run.name].split([len(part.t) for part in rows])
+            errors = [
+                (prediction - target).square().mean()
+                for prediction, target in zip(predictions, targets[run.name], strict=True)
+            ]
+            weights = (run.objective.retain_weight, run.objective.forget_weight)
+            total = torch.stack([weight * error for weight, error in zip(weights, errors, strict=False)]).sum()
+            retain, *forget = (error.item() for error in errors)
+            run.add_losses(total.item(), retain, *(forget or [None]))
+            total.backward()
+            run.update()
