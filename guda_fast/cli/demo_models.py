@@ -31,10 +31,8 @@ class Recipe:
 
     def from_scratch(self, data: GroupedImages) -> BaseRecipe:
         """Of base and LOGO trainings."""
-        training = {**_NETWORK.training, "steps": self.steps, "warmup_steps": min(100, self.steps // 4)}
-        return BaseRecipe(
-            fitted(_NETWORK.config, data), dict(_NETWORK.scheduler), TrainConfig(**training, seed=self.seed)
-        )
+        training = TrainConfig(**_NETWORK.trained(steps=self.steps, seed=self.seed))
+        return BaseRecipe(fitted(_NETWORK.config, data), dict(_NETWORK.scheduler), training)
 
     def unlearning(self) -> UnlearningRecipe:
         """Of unlearning runs."""

@@ -32,7 +32,7 @@ class BaseOrder:
         recipe = BaseRecipe(
             fitted(network.config, data),
             dict(network.scheduler),
-            configured({**network.training, **self.training}),
+            configured(network.trained(**self.training)),
             network.batch_size if self.batch_size is None else self.batch_size,
             self.label_dropout,
         )
