@@ -59,6 +59,12 @@ def test_all_groups_and_their_cost(run, base) -> None:
     assert not Path("logo").exists()
 
 
+@pytest.mark.parametrize("device", ["tpu9", "cuda:99", "mps"])
+def test_devices_that_are_not_there(run, base, device) -> None:
+    code, printed = logo(run, base, "--device", device)
+    assert code == 1 and "guda-fast: error: --device: must be cpu" in printed and f"got '{device}'" in printed
+
+
 def test_what_does_not_fit(run, base, tmp_path) -> None:
     code, printed = logo(run, base, "--groups", "3,cat")
     assert code == 1 and "group must be one of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, got 'cat'" in printed

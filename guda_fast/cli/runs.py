@@ -100,7 +100,7 @@ def make(
     from guda_fast.counterfactuals.processes import work_through
     from guda_fast.counterfactuals.runs import finished, write_manifest
 
-    places = list(devices or default_devices())
+    places = checked_devices(devices)
     series = order.open()
     _say_overlaps(series)
     left = [name for name in series.names if not finished(out / name, series.settings(name))]
@@ -162,11 +162,19 @@ def _say(failures: Mapping[str, str]) -> None:
         raise typer.Exit(1)
 
 
-def default_devices() -> list[str]:
-    """CUDA where there is one."""
+def checked_devices(devices: Sequence[str] | None) -> list[str]:
+    """Those given, or CUDA where there is one; ValueError for one that is not there."""
     import torch
 
-    return ["cuda" if torch.cuda.is_available() else "cpu"]
+    count = torch.cuda.device_count()
+    for name in devices or ():
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise ValueError(f"--device: must be cpu, cuda, cuda:1 ..., got {name!r}") from error
+        if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
+            raise ValueError(f"--device: must be cpu or one of {count} CUDA devices, got {name!r}")
+    return list(devices or ["cuda" if count else "cpu"])
 
 
 def parsed_settings(entries: Sequence[str] | None) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class UnlearnOrder:
         groups = _named(data, self.groups)
         if self.controls:
             data = with_controls(data, self.controls)
-        return Unlearning(data, self.base, self.recipe, (*groups, *data.controls))
+        return Unlearning(data, self.base, _with_keys(self.recipe, data), (*groups, *data.controls))
 
 
 def configured(fields: Mapping[str, Any]) -> TrainConfig:
@@ -84,6 +84,19 @@ def configured(fields: Mapping[str, Any]) -> TrainConfig:
         return TrainConfig(**given)
     except TypeError as error:
         raise ValueError(str(error)) from error
+
+
+def _with_keys(recipe: UnlearningRecipe, data: GroupedImages) -> UnlearningRecipe:
+    """With a table of anchors whose keys are those of the data, where JSON has texts for labels."""
+    table = recipe.options.get("anchors")
+    if not isinstance(table, Mapping) or data.conditions is None or data.conditions.keys is None:
+        return recipe
+    keys = {str(key): key for key in data.conditions.keys}
+    typed = {
+        keys.get(condition, condition): {keys.get(anchor, anchor): weight for anchor, weight in anchors.items()}
+        for condition, anchors in table.items()
+    }
+    return replace(recipe, options={**recipe.options, "anchors": typed})
 
 
 def _named(data: GroupedImages, groups: tuple[str, ...]) -> tuple[str, ...]:

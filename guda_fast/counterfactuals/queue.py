@@ -112,6 +112,7 @@ class Worker:
     def __init__(self, series: Series, place: Place, listen: Listener, token: str, how: How) -> None:
         self.series, self.place, self.token, self.how = series, place, token, how
         self._listen = listen
+        self._done: set[str] = set()  # so that records are read once
         self._steps_heard: dict[str, float] = {}
 
     def run(self) -> None:
@@ -150,10 +151,12 @@ class Worker:
         return claims, others
 
     def _settled(self, name: str) -> bool:
-        failed = _failure(self.place, name)
-        return finished(self.place.folder(name), self.series.settings(name)) or (
-            failed is not None and failed.get("command") == self.token
-        )
+        if name not in self._done and (
+            finished(self.place.folder(name), self.series.settings(name))
+            or _failure(self.place, name, self.token) is not None
+        ):
+            self._done.add(name)
+        return name in self._done
 
     def _make(self, names: Sequence[str]) -> None:
         objectives: dict[str, Objective] = {}
@@ -236,17 +239,19 @@ def failures_of(series: Series, place: Place, token: str) -> dict[str, str]:
     """Of a command whose workers have ended: why each run is not there that is not. Removes the notes of failures."""
     found: dict[str, str] = {}
     for name in series.names:
-        failed = _failure(place, name)
-        if failed is not None and failed.get("command") == token:
-            found[name] = str(failed.get("error"))
+        failed = _failure(place, name, token)
+        if failed is not None:
+            found[name] = failed
             place.failure(name).unlink(missing_ok=True)
         elif not finished(place.folder(name), series.settings(name)):
             found[name] = "its process ended before it was finished; the same command goes on with it"
     return found
 
 
-def _failure(place: Place, name: str) -> dict[str, object] | None:
+def _failure(place: Place, name: str, token: str) -> str | None:
+    """Why a run failed in this command."""
     try:
-        return read_object(place.failure(name))
+        found = read_object(place.failure(name))
     except (OSError, ValueError):  # none, or half of one, of a disk that is full
         return None
+    return str(found.get("error")) if found.get("command") == token else None
