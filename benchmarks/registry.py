@@ -81,6 +81,7 @@ def benchmarks() -> dict[str, Benchmark]:
         noise_ops_threads,
         pack,
         plans,
+        retrack_step,
     )
 
     modules = (
@@ -94,6 +95,7 @@ def benchmarks() -> dict[str, Benchmark]:
         ladder,
         ladder_large,
         frontends,
+        retrack_step,
         gpu_ceilings,
         gpu_noise_ops,
         gpu_group_norm_silu,

@@ -159,12 +159,12 @@ def image_names(folder: Path) -> list[str]:
     )
     for name in files:
         if not name.isprintable() or not _is_utf8(name):
-            raise ValueError(f"load_queries: file names must be printable UTF-8, found {name!r} in {folder}")
+            raise ValueError(f"{folder}: file names must be printable UTF-8, found {name!r}")
     return files
 
 
 def _from_folder(folder: Path, channels: int) -> list[_Query]:
-    return [_Query(name, _decode(folder / name, channels)) for name in image_names(folder)]
+    return [_Query(name, read_pixels(folder / name, channels)) for name in image_names(folder)]
 
 
 def _hidden(path: Path) -> bool:
@@ -183,11 +183,15 @@ def _from_item(index: int, item: object, channels: int) -> _Query:
     if isinstance(item, Image.Image):
         return _Query(str(index), _pixels(item, channels, f"load_queries: queries[{index}]"))
     if isinstance(item, str | Path):
-        return _Query(str(item), _decode(Path(item), channels))
+        return _Query(str(item), read_pixels(Path(item), channels))
     raise TypeError(f"load_queries: queries[{index}] must be an image file or a PIL image, got {describe(item)}")
 
 
-def _decode(path: Path, channels: int) -> np.ndarray[Any, Any]:
+def read_pixels(path: Path, channels: int) -> np.ndarray[Any, Any]:
+    """The pixels of an image file [(H, W) or (H, W, 3), uint8]. channels: 1 for grey, 3 for RGB.
+
+    Raises ValueError naming the file and what it must be, FileNotFoundError where there is none.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"load_queries: queries names {path}, found no such file")
     try:
