@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from guda_fast._json import read_lines
-from guda_fast._validate import check_choice, check_int
+from guda_fast._validate import check_choice, check_int, describe
 from guda_fast.datasets.grouped import GroupedImages
 from guda_fast.datasets.prompts import TextEncoder
 from guda_fast.datasets.queries import image_names, read_pixels
@@ -54,6 +54,8 @@ def load_folder(
     check_choice(_WHERE, "conditions", conditions, ("none", "metadata"))
     if size is not None:
         check_int(_WHERE, "size", size, 1)
+    if channels not in (None, 1, 3):
+        raise ValueError(f"{_WHERE}: channels must be 1 or 3, got {describe(channels)}")
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"{_WHERE}: folder must be a folder of images, found no folder {root}")

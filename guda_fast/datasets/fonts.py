@@ -53,7 +53,7 @@ def standard_folders() -> list[Path]:
 
 
 def find_fonts(glyphs: str, folder: Path | None = None, *, styles: str = "regular") -> list[Font]:
-    """The fonts that have all glyphs, sorted by name.
+    """The fonts that have all glyphs and a space, as fonts for text have, sorted by name.
 
     Of files with one name the first by path is taken, and of fonts that draw all glyphs alike, as renamed copies do,
     the first by name.
@@ -106,7 +106,10 @@ def _regular_first(font: Font) -> tuple[str, int, str]:
 
 
 def _pictures(font: Font, glyphs: str) -> tuple[bytes, ...] | None:
-    """How the font draws each glyph; None where it lacks one, or draws most of them alike, as a placeholder."""
+    """How the font draws each glyph; None where it lacks one, draws most of them alike, or is no font for text."""
+    # Fonts of symbols, which have signs in the place of letters, have no space, and those of placeholders a drawn one.
+    if font.at(_PROBE).getlength(" ") == 0 or _picture(font, " "):
+        return None
     missing = _picture(font, _MISSING)
     found = [_picture(font, glyph) for glyph in glyphs]
     if not all(found) or missing in found:

@@ -115,7 +115,7 @@ def open_dataset(spec: str) -> GroupedImages:
     conditions, null = given.pop("conditions", source.default), given.pop("null", False)
     per_group = given.pop("per_group", None)
     if null and conditions == "none":
-        raise ValueError(f"{_WHERE}: null must come with conditions, got {spec!r}")
+        raise ValueError(f"{_WHERE}: null must come with conditions, got {describe(spec)}")
     if source.conditions:
         own = {"conditions": "none"} if conditions in _PLAIN else {"conditions": conditions, "null": null}
         given.update(own)
@@ -136,16 +136,18 @@ def _parsed(spec: str) -> tuple[_Source, dict[str, Any]]:
     for item in items:
         key, sign, text = item.partition("=")
         if not sign or key not in choices:
-            raise ValueError(f"{_WHERE}: {name} takes {', '.join(f'{key}=' for key in choices)}, got {item!r}")
+            raise ValueError(f"{_WHERE}: {name} takes {', '.join(f'{key}=' for key in choices)}, got {describe(item)}")
         if key in given:
-            raise ValueError(f"{_WHERE}: {key} must be given once, got {spec!r}")
+            raise ValueError(f"{_WHERE}: {key} must be given once, got {describe(spec)}")
         try:
             given[key] = choices[key].read(text)
         except ValueError as error:
-            raise ValueError(f"{_WHERE}: {name},{key}= must be {choices[key].wanted}, got {text!r}") from error
+            raise ValueError(f"{_WHERE}: {name},{key}= must be {choices[key].wanted}, got {describe(text)}") from error
     missing = [key for key in source.needed if key not in given]
     if missing:
-        raise ValueError(f"{_WHERE}: {name} must come with {', '.join(f'{key}=' for key in missing)}, got {spec!r}")
+        raise ValueError(
+            f"{_WHERE}: {name} must come with {', '.join(f'{key}=' for key in missing)}, got {describe(spec)}"
+        )
     return source, given
 
 
@@ -156,6 +158,6 @@ def _source(name: str) -> _Source:
     folder = Path(name).expanduser()
     if not name or not folder.is_dir():
         raise ValueError(
-            f"{_WHERE}: spec must begin with one of {', '.join(_SOURCES)}, or a folder of images, got {name!r}"
+            f"{_WHERE}: spec must begin with one of {', '.join(_SOURCES)}, or a folder of images, got {describe(name)}"
         )
     return _Source(partial(load_folder, folder), _IMAGES, conditions=("metadata",))
