@@ -82,6 +82,7 @@ def benchmarks() -> dict[str, Benchmark]:
         pack,
         plans,
         retrack_step,
+        together,
     )
 
     modules = (
@@ -96,6 +97,7 @@ def benchmarks() -> dict[str, Benchmark]:
         ladder_large,
         frontends,
         retrack_step,
+        together,
         gpu_ceilings,
         gpu_noise_ops,
         gpu_group_norm_silu,

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,11 +40,20 @@ def make(series: FewRuns, out: Path, **how: object) -> tuple[dict[str, str], lis
     return dict(failures), events
 
 
-def holder(path: Path) -> subprocess.Popen[str]:
-    """Another process that has claimed a run."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    return process
+@contextmanager
+def holder(path: Path) -> Iterator[Callable[[], None]]:
+    """Another process that has claimed a run, and what kills it."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+
+        def kill() -> None:
+            process.kill()
+            process.wait()
+
+        try:
+            yield kill
+        finally:
+            process.kill()
 
 
 def test_a_claim_is_one_process_s_until_it_is_released(tmp_path: Path) -> None:
@@ -58,10 +69,9 @@ def test_a_claim_is_one_process_s_until_it_is_released(tmp_path: Path) -> None:
 
 def test_a_claim_ends_with_a_killed_process(tmp_path: Path) -> None:
     path = tmp_path / "a.lock"
-    process = holder(path)
-    assert claim(path) is None
-    process.kill()
-    process.wait()
+    with holder(path) as kill:
+        assert claim(path) is None
+        kill()
     found = claim(path)
     assert found is not None and path.exists()
     found.release()
@@ -153,7 +163,6 @@ def test_only_runs_that_are_trained_alike_share_a_loop(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_has_claimed_is_made_by_who_waits(tmp_path: Path) -> None:
-    process = holder(Place(tmp_path).lock("b"))
     waiting = threading.Event()
     failures: dict[str, str] = {}
 
@@ -165,11 +174,11 @@ def test_what_a_killed_process_has_claimed_is_made_by_who_waits(tmp_path: Path) 
         failures.update(work_through(FewRunsOrder(), FewRuns(), tmp_path, listen))
 
     thread = threading.Thread(target=command)
-    thread.start()
-    assert waiting.wait(60)
-    assert (tmp_path / "a").exists() and (tmp_path / "c").exists() and not (tmp_path / "b").exists()
-    process.kill()
-    process.wait()
+    with holder(Place(tmp_path).lock("b")) as kill:
+        thread.start()
+        assert waiting.wait(60)
+        assert (tmp_path / "a").exists() and (tmp_path / "c").exists() and not (tmp_path / "b").exists()
+        kill()
     thread.join(60)
     assert not thread.is_alive() and failures == {} and (tmp_path / "b").exists()
 

@@ -5,29 +5,31 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from guda_fast.counterfactuals.objective import FromBase, Rows
-from guda_fast.counterfactuals.students import Inputs, forward
+from guda_fast.counterfactuals.students import Inputs, concatenated, forward
 from guda_fast.forward.conditions import Conditions
 
 
 class FrozenBase:
-    """A copy of the base in eval mode, made when it is first asked.
+    """The base in eval mode without gradients, made when it is first asked.
 
-    model: stays as it is. shared: the rows of all runs go through one forward, whose rounding then depends on a
-        run's company; otherwise each run has a forward of its own.
+    model: stays as it is, and must until the runs have ended: its weights are shared. shared: the rows of all runs go
+        through one forward, whose rounding then depends on a run's company; otherwise each run has its own.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, *, shared: bool) -> None:
         self._model, self._device, self._shared = model, device, shared
 
     @cached_property
-    def _frozen(self) -> nn.Module:
-        return copy.deepcopy(self._model).to(self._device).eval().requires_grad_(False)
+    def model(self) -> nn.Module:
+        """The base on the device."""
+        # What deepcopy finds in its memo it takes as it is, so that the weights are in memory once.
+        shared = {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in self._model.parameters()}
+        return copy.deepcopy(self._model, dict(shared)).to(self._device).eval()
 
     @torch.no_grad()
     def targets(
@@ -56,26 +58,13 @@ class FrozenBase:
         return {run: iter([next(found) for _ in asked]) for run, asked in terms.items()}
 
     def _forward(self, terms: Sequence[Inputs]) -> Iterator[Tensor]:
-        return iter(forward(self._frozen, concatenated(terms)).split([len(term.t) for term in terms]))
+        return iter(forward(self.model, concatenated(terms)).split([len(term.t) for term in terms]))
 
 
 def inputs_of(rows: Rows, conditions: Conditions | None, row: Tensor | None = None) -> Inputs:
     """The arguments of a forward of rows; with the conditions ``row`` in place of their own where it is given."""
     row = rows.condition if row is None else row
     return Inputs(rows.x_t, rows.t, {} if conditions is None or row is None else conditions.take(row))
-
-
-def concatenated(inputs: Sequence[Inputs]) -> Inputs:
-    """The rows of several inputs after each other."""
-    x_t, t = torch.cat([rows.x_t for rows in inputs]), torch.cat([rows.t for rows in inputs])
-    return Inputs(x_t, t, _concatenated([rows.condition for rows in inputs]))
-
-
-def _concatenated(conditions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        name: (_concatenated if isinstance(value, Mapping) else torch.cat)([given[name] for given in conditions])
-        for name, value in conditions[0].items()
-    }
 
 
 def _target(rows: Rows, predictions: Iterator[Tensor]) -> Tensor:

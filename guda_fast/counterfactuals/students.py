@@ -41,6 +41,9 @@ class Students(Protocol):
     def model(self, run: str) -> nn.Module:
         """The run's model as it is now: a module of its own, merged, in eval mode, without gradients."""
 
+    def factors(self, run: str) -> Mapping[str, Any] | None:
+        """Copies of what an adapter is written from; None for dense runs."""
+
 
 class DenseStudents:
     """A deep copy of the base for each run, of which only the selected parameters require gradients.
@@ -82,8 +85,24 @@ class DenseStudents:
             parameter.grad = None
         return model.eval().requires_grad_(False)
 
+    def factors(self, run: str) -> None:
+        """There are none."""
+
 
 def forward(model: nn.Module, rows: Inputs) -> Tensor:
     """A denoiser's prediction, without variance channels if it has any [(B, C, H, W)]."""
     prediction: Tensor = model(rows.x_t, timestep=rows.t, **rows.condition, return_dict=False)[0]
     return prediction[:, : rows.x_t.shape[1]]
+
+
+def concatenated(inputs: Sequence[Inputs]) -> Inputs:
+    """The rows of several inputs after each other."""
+    x_t, t = torch.cat([rows.x_t for rows in inputs]), torch.cat([rows.t for rows in inputs])
+    return Inputs(x_t, t, _concatenated([rows.condition for rows in inputs]))
+
+
+def _concatenated(conditions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        name: (_concatenated if isinstance(value, Mapping) else torch.cat)([given[name] for given in conditions])
+        for name, value in conditions[0].items()
+    }

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from guda_fast._validate import check_int
+from guda_fast.counterfactuals.bound import RetainBound
+from guda_fast.counterfactuals.checkpoint import model_digest
 from guda_fast.counterfactuals.config import TrainConfig
-from guda_fast.counterfactuals.frozen import FrozenBase, concatenated, inputs_of
+from guda_fast.counterfactuals.loop import Loop
 from guda_fast.counterfactuals.objective import Objective
 from guda_fast.counterfactuals.result import TrainResult
 from guda_fast.counterfactuals.run import Run
 from guda_fast.counterfactuals.selection import selected
-from guda_fast.counterfactuals.students import DenseStudents
+from guda_fast.counterfactuals.students import DenseStudents, Students
+from guda_fast.errors import CheckpointError
 
 __all__ = ["ProgressCallback", "TogetherCallback", "TrainConfig", "TrainResult", "train", "train_together"]
 
@@ -44,8 +48,14 @@ def train(
     identity: what else the run depends on, such as its data: a checkpoint of another one is refused.
     checkpoint_every: steps from one checkpoint to the next [>= 1]. progress: called after every step.
 
-    Returns the trained copy and its losses. Raises FloatingPointError, naming the step, when the loss is no
-    longer finite, or when the weights at the end are not.
+    On the CPU a run that was killed, at any moment, ends with the weights that it would have had, bit for bit.
+
+    Returns the trained copy and its losses. Raises TypeError or ValueError naming the argument; FloatingPointError,
+    naming the step, when the loss or the gradient is no longer finite, or the weights at the end are not (the last
+    checkpoint is kept); CheckpointError where the folder's checkpoint is damaged or another run's.
+
+    >>> result = train(unet, DenoisingObjective(data, schedule), TrainConfig(1000))  # doctest: +SKIP
+    >>> result.save("runs/full")  # doctest: +SKIP
     """
     (found,) = train_together(
         model,
@@ -75,53 +85,120 @@ def train_together(
 ) -> dict[str, TrainResult | Exception]:
     """Several runs in one loop; each is what ``train`` makes of its objective alone.
 
-    objectives, work, identity: by the name of the run. progress: called after every step of every run.
+    objectives, work, identity: by the name of the run; see ``train``. progress: called after every step of every run.
 
-    Returns for each run what it gives, or the exception that ended it; the others then go on.
+    Each run has its own weights, optimiser, averages, random numbers, log and checkpoint. What they share is the
+    forward of the frozen base, and for LoRA the forward of the students: there a run's company changes the rounding of
+    its steps. On the CPU runs without LoRA share no forward, and are what they are alone bit for bit.
+
+    Returns for each run what it gives, or the FloatingPointError or CheckpointError that ended it, while the others go
+    on. Raises TypeError or ValueError naming the argument.
     """
     check_int("train", "checkpoint_every", checkpoint_every, 1)
-    parameter = next(model.parameters())
+    parameter = _first_parameter(model)
     place = parameter.device if device is None else torch.device(device)
-    base = FrozenBase(model, place, shared=place.type != "cpu")
-    loop = _Loop(base)
-    names = selected(model, config.trained)
-    runs = {}
-    for name, objective in objectives.items():
-        students = DenseStudents(model, (name,), names, place)
-        runs[name] = Run(name, objective, config, students, place, parameter.dtype)
+    loop = Loop(model, config, place)
+    base = "" if work is None else model_digest(model)
+    # Runs of one dataset have the same conditions, which are on the device once.
+    conditions = {id(given): given for each in objectives.values() if (given := each.conditions) is not None}
+    placed = {key: given.to(place, parameter.dtype) for key, given in conditions.items()}
+    cohorts: list[list[Run]] = []
+    for names, students in _students(model, tuple(objectives), config, place):
+        cohorts.append([])
+        for name in names:
+            run = Run(name, objectives[name], config, students, placed.get(id(objectives[name].conditions)), place)
+            if work is not None:
+                run.kept_in(Path(work[name]), _settings(base, config, (identity or {}).get(name, "")))
+            cohorts[-1].append(run)
     results: dict[str, TrainResult | Exception] = {}
-    while active := [run for name, run in runs.items() if name not in results]:
-        loop.step(active)
-        for run in active:
-            if progress is not None:
-                progress(run.name, run.step, config.steps)
-            if run.done:
-                results[run.name] = run.result("train")
+    for run in (run for runs in cohorts for run in runs):
+        try:
+            _begin(run, loop)
+        except CheckpointError as error:
+            results[run.name] = error
+    _go(cohorts, loop, checkpoint_every, progress, results, parameter.device)
     return {name: results[name] for name in objectives}
 
 
-class _Loop:
-    def __init__(self, base: FrozenBase) -> None:
-        self.base = base
+def _begin(run: Run, loop: Loop) -> None:
+    """Make a run ready for its first step, or for the one after its checkpoint."""
+    if run.config.retain_bound is not None:
+        run.bounded(RetainBound(run.objective, run.conditions, loop.base.model, run.config.seed))
+    if not run.resume() and run.config.saliency is not None:
+        run.masked(loop.saliency(run, run.config.saliency))
 
-    def step(self, runs: list[Run]) -> None:
-        conditions = {run.name: run.conditions for run in runs}
-        batches = {run.name: run.draw() for run in runs}
-        parts = {
-            name: [rows for rows in (batch.retain, batch.forget) if rows is not None] for name, batch in batches.items()
-        }
-        targets = self.base.targets(parts, conditions)
-        for run in runs:
-            rows = parts[run.name]
-            joined = concatenated([inputs_of(part, conditions[run.name]) for part in rows])
-            predictions = run.students.predict({run.name: joined})[run.name].split([len(part.t) for part in rows])
-            errors = [
-                (prediction - target).square().mean()
-                for prediction, target in zip(predictions, targets[run.name], strict=True)
-            ]
-            weights = (run.objective.retain_weight, run.objective.forget_weight)
-            total = torch.stack([weight * error for weight, error in zip(weights, errors, strict=False)]).sum()
-            retain, *forget = (error.item() for error in errors)
-            run.add_losses(total.item(), retain, *(forget or [None]))
-            total.backward()
-            run.update()
+
+def _go(
+    cohorts: Sequence[Sequence[Run]],
+    loop: Loop,
+    checkpoint_every: int,
+    progress: TogetherCallback | None,
+    results: dict[str, TrainResult | Exception],
+    home: torch.device,
+) -> None:
+    """Take all runs to their ends, which are put into ``results``."""
+    while True:
+        for run in (run for runs in cohorts for run in runs if run.name not in results and run.done):
+            results[run.name] = _result(run, home)
+        going = [kept for runs in cohorts if (kept := [run for run in runs if run.name not in results])]
+        if not going:
+            return
+        diverged = loop.step(going)
+        for run in (run for runs in going for run in runs):
+            if run.name in diverged:
+                results[run.name] = _named(run, diverged[run.name])
+                continue
+            if run.done or run.step % checkpoint_every == 0:
+                run.checkpoint()
+            if progress is not None:
+                progress(run.name, run.step, run.config.steps)
+
+
+def _result(run: Run, device: torch.device) -> TrainResult | Exception:
+    try:
+        return run.result(device)
+    except FloatingPointError as error:
+        return _named(run, error)
+
+
+def _named(run: Run, error: FloatingPointError) -> FloatingPointError:
+    return FloatingPointError(f"train: {'' if run.name == _ALONE else f'{run.name}: '}{error}")
+
+
+def _students(
+    model: nn.Module, names: tuple[str, ...], config: TrainConfig, device: torch.device
+) -> list[tuple[tuple[str, ...], Students]]:
+    """Who trains which runs: a copy of the model each, or LoRA factors of all on one."""
+    if config.lora_rank is None:
+        chosen = frozenset(selected(model, config.trained))
+        return [((name,), DenseStudents(model, (name,), chosen, device)) for name in names]
+    from guda_fast.counterfactuals.lora import LoraStudents
+
+    alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    return [
+        (
+            names,
+            LoraStudents(
+                model,
+                names,
+                rank=config.lora_rank,
+                alpha=alpha,
+                patterns=config.trained,
+                seed=config.seed,
+                device=device,
+            ),
+        )
+    ]
+
+
+def _settings(base: str, config: TrainConfig, identity: str) -> dict[str, Any]:
+    """What a checkpoint must have been made with."""
+    return {"format": 1, "base": base, "identity": identity, **config.settings()}
+
+
+def _first_parameter(model: nn.Module) -> nn.Parameter:
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.dtype not in (torch.float32, torch.float64):
+        found = "none" if parameter is None else str(parameter.dtype).removeprefix("torch.")
+        raise TypeError(f"train: model must have float32 or float64 parameters, got {found}")
+    return parameter
