@@ -67,9 +67,9 @@ def test_data_with_labels_make_a_conditional_base(run, tmp_path) -> None:
     [
         (("--data", "dogs"), "spec must begin with one of digits"),
         (("--network", "unet"), "network: must be one of digits, small, ddpm-cifar10"),
-        (("--set", "lr"), "--set: must be KEY=VALUE, got lr"),
+        (("--set", "lr"), "--set: must be KEY=VALUE, got 'lr'"),
         (("--set", "lr=1", "--set", "lr=2"), "--set: keys must differ, got lr twice"),
-        (("--set", "lr=fast"), "TrainConfig: lr must be a real number, got fast"),
+        (("--set", "lr=fast"), "TrainConfig: lr must be a real number, got 'fast'"),
         (("--set", "speed=1"), "speed"),
         (("--device", "cpu"), "--device: must be given once for one model, got cpu, cpu"),
     ],

@@ -94,7 +94,7 @@ def test_what_does_not_fit(run, base) -> None:
     for extra, message in {
         ("--groups", "3,cat"): "group must be one of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, got 'cat'",
         ("--set", "weigth=1"): "options of retrack must be among mode",
-        ("--preset", "best"): "preset must be one of 'default', 'official', got best",
+        ("--preset", "best"): "preset must be one of 'default', 'official', got 'best'",
         ("--groups", "3", "--data", "digits,size=9"): "digits takes",
         ("--groups", "3", "--base", "none"): "none",
     }.items():

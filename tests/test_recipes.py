@@ -40,7 +40,9 @@ def parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "size", "least", "most"), [("digits", 8, 0.69e6, 0.71e6), ("small", 16, 0.7e6, 1e6)])
+@pytest.mark.parametrize(
+    ("name", "size", "least", "most"), [("digits", 8, 0.69e6, 0.71e6), ("small", 16, 0.68e6, 0.70e6)]
+)
 def test_networks_by_name(name: str, size: int, least: float, most: float) -> None:
     model = initial(fitted(find_network(name).config, random_groups(size=size)), seed=0)
     assert least < parameters(model) < most
@@ -167,9 +169,9 @@ def test_presets_and_options_of_unlearning() -> None:
     assert given.training(5000).steps == 780 and given.training(5000).seed == 7
     assert given.images_a_step == 128
     assert UnlearningRecipe("retrack").training(5000).steps == 300
-    with pytest.raises(ValueError, match="unlearn: operator must be one of 'retrack', .*got forget"):
+    with pytest.raises(ValueError, match="unlearn: operator must be one of 'retrack', .*got 'forget'"):
         UnlearningRecipe("forget")
-    with pytest.raises(ValueError, match="unlearn: preset must be one of 'default', 'official', got best"):
+    with pytest.raises(ValueError, match="unlearn: preset must be one of 'default', 'official', got 'best'"):
         UnlearningRecipe("retrack", "best")
     with pytest.raises(ValueError, match="options of retrack must be among mode, .*lr, .*got weigth, lambda"):
         UnlearningRecipe("retrack", options={"weigth": 1, "weight": 1, "lambda": 1})
