@@ -96,8 +96,7 @@ def test_dry_run_says_what_it_costs_and_makes_nothing(train) -> None:
     assert not Path("base").exists()
 
 
-def test_what_train_makes_is_scored(train, run) -> None:
-    """The base against itself in another seed: the whole way from a command to scores."""
+def test_two_bases_make_a_bank(train) -> None:
     train("--out", "base", "--steps", 1)
     train("--out", "models/other", "--steps", 1, "--seed", 1)
     bank = gf.DeltaBank.load("base", {"other": "models/other"})

@@ -176,7 +176,7 @@ def test_killed_ten_times_a_queue_goes_on_and_ends_with_the_same_deltas(base, tm
         assert server.stdin is not None and server.stdout is not None
         folder = tmp_path / out
         arguments = ["unlearn", "retrack", "--base", base, "--data", "digits", "--out", folder / "models"]
-        arguments += ["--steps", 60, "--batch-size", 8, "--device", "cpu", "--set", "ema_decay=0.9"]
+        arguments += ["--steps", 30, "--batch-size", 8, "--device", "cpu", "--set", "ema_decay=0.9"]
         arguments += ["--checkpoint-every", 3, "--pack", folder / "bank.safetensors"]
         server.stdin.write("\t".join(map(str, (seconds, folder / "models" / ".runs", *arguments))) + "\n")
         server.stdin.flush()
@@ -187,7 +187,7 @@ def test_killed_ten_times_a_queue_goes_on_and_ends_with_the_same_deltas(base, tm
         delays = random.Random(7)
         finished = []
         for _ in range(10):
-            assert guda_fast("killed", delays.uniform(0, 0.3)) == 9
+            assert guda_fast("killed", delays.uniform(0, 0.2)) == 9
             finished.append(len(weights(tmp_path / "killed" / "models")))
         assert finished[-1] < 10, "the queue must not have ended before the last kill"
         assert guda_fast("killed", -1) == 0

@@ -218,13 +218,13 @@ def test_processes_share_a_queue_and_one_that_dies_is_replaced(tmp_path: Path) -
                 os.kill(victim.pid, signal.SIGKILL)
                 killed.append(victim.pid)
 
-    order = FewRunsOrder(steps=60, count=4)
+    order = FewRunsOrder(steps=30, count=3)
     failures = work_through(order, order.open(), tmp_path / "two", listen, devices=("cpu", "cpu"), checkpoint_every=5)
     assert killed and failures == {}
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // 2))
     try:
-        make(FewRuns(60, 4), tmp_path / "one")
+        make(FewRuns(30, 3), tmp_path / "one")
     finally:
         torch.set_num_threads(threads)
     assert weights(tmp_path / "one") == weights(tmp_path / "two")

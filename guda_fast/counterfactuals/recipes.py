@@ -13,6 +13,7 @@ from torch import nn
 
 from guda_fast._json import read_object
 from guda_fast._validate import check_choice, check_int, check_real
+from guda_fast.counterfactuals.log import LOG
 from guda_fast.counterfactuals.networks import check_fits, initial
 from guda_fast.counterfactuals.objective import Batch, DenoisingObjective, Objective, Rows
 from guda_fast.counterfactuals.operators import OPERATORS, Preset, make_objective
@@ -159,6 +160,7 @@ class Retraining:
         DDPMPipeline(result.model, scheduler).save_config(folder)
         scheduler.save_pretrained(folder / "scheduler")
         result.save(folder / "unet")
+        (folder / "unet" / LOG).rename(folder / LOG)
         write_manifest(folder, self.record)
 
 
