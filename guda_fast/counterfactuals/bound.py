@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +45,8 @@ class RetainBound:
 
     def ratio(self, model: nn.Module) -> float:
         """The loss of a model as a multiple of the base's."""
-        return self.loss(model) / self._base
+        loss = self.loss(model)
+        return loss / self._base if self._base > 0 else math.inf if loss > 0 else 1.0
 
 
 def _own_target(rows: Rows) -> Tensor:

@@ -55,7 +55,8 @@ def read_checkpoint(path: Path, settings: Mapping[str, Any]) -> Checkpoint | Non
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()[_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            # Copies: what is mapped would be written to in place.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
         whole = about["digest"] == digest(tensors)
         values, found = dict(about["values"]), dict(about["settings"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -77,7 +78,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

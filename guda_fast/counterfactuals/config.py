@@ -61,8 +61,8 @@ class TrainConfig:
     bound_every: int = 50
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("warmup_steps", 0), ("accumulate", 1), ("bound_every", 1), ("seed", 0)):
-            check_int(_WHERE, name, getattr(self, name), low)
+        for name, least in (("steps", 1), ("warmup_steps", 0), ("accumulate", 1), ("bound_every", 1), ("seed", 0)):
+            check_int(_WHERE, name, getattr(self, name), least)
         check_real(_WHERE, "lr", self.lr, _SMALLEST)
         check_real(_WHERE, "weight_decay", self.weight_decay, 0)
         check_choice(_WHERE, "decay", self.decay, ("constant", "cosine"))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from guda_fast.counterfactuals.objective import Batch, Objective
 from guda_fast.counterfactuals.result import TrainResult
 from guda_fast.counterfactuals.students import Students
 from guda_fast.forward.conditions import Conditions
+
+_Read = TypeVar("_Read")
 
 
 class Run:
@@ -229,7 +231,7 @@ class Run:
         return self._with(values, self.students.model)
 
     @torch.no_grad()
-    def _with(self, values: Sequence[Tensor], read: Any) -> Any:
+    def _with(self, values: Sequence[Tensor], read: Callable[[str], _Read]) -> _Read:
         """What the students give of this run while its parameters have other values."""
         kept = self._values()
         own: list[Tensor] = list(self.parameters)
