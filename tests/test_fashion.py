@@ -102,7 +102,7 @@ NUMBERS = np.arange(TRAIN, dtype=np.uint8) % 10
 )
 def test_damaged_files_are_named(folder: Path, name: str, content: bytes, message: str) -> None:
     save(folder, name, content)
-    with pytest.raises(ValueError, match=f"{folder}.*: {message}"):
+    with pytest.raises(ValueError, match=f"{folder}.*: .*{message}"):
         load_fashion_mnist(folder)
 
 
@@ -125,12 +125,13 @@ def test_missing_files_and_other_choices(folder: Path, tmp_path: Path) -> None:
         load_fashion_mnist(folder)
     with pytest.raises(FileNotFoundError, match="found no folder"):
         load_fashion_mnist(tmp_path / "none")
-    with pytest.raises(ValueError, match="size must be one of '28', '32', '16', got 24"):
+    with pytest.raises(ValueError, match="size must be 28, 32 or 16, got 24"):
         load_fashion_mnist(folder, size=24)
-    with pytest.raises(ValueError, match="split must be one of 'train', 'test', 'all', got val"):
+    with pytest.raises(ValueError, match="split must be one of 'train', 'test', 'all', got 'val'"):
         load_fashion_mnist(folder, split="val")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DEBIAN_FOLDER.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
 def test_debians_files_are_the_whole_set() -> None:
     assert load_fashion_mnist(size=16).counts() == dict.fromkeys(GROUPS, 6000)

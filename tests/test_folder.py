@@ -194,7 +194,7 @@ def test_other_choices_are_refused(folder: Path) -> None:
     for options, message in [
         ({"size": 0}, "size must be at least 1"),
         ({"channels": 2}, "channels must be 1 or 3, got 2"),
-        ({"conditions": "labels"}, "conditions must be one of 'none', 'metadata', got labels"),
+        ({"conditions": "labels"}, "conditions must be one of 'none', 'metadata', got 'labels'"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_folder(folder, **options)

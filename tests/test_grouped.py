@@ -53,7 +53,7 @@ def test_pixels_become_values() -> None:
         ((IMAGES, {"cat": CAT}, None, 0), ValueError, "null and removed must come with conditions"),
         ((IMAGES, {"cat": CAT}, LABELS, None, torch.tensor([0])), ValueError, r"removed must have shape \(2,\)"),
         ((IMAGES, {"cat": CAT}, LABELS, None, torch.tensor([0, 2])), ValueError, r"removed must be in \[0, 2\), got 2"),
-        ((IMAGES, {"cat": CAT}, None, None, None, ("eel",)), ValueError, "controls must be one of 'cat', got eel"),
+        ((IMAGES, {"cat": CAT}, None, None, None, ("eel",)), ValueError, "controls must be one of 'cat', got 'eel'"),
     ],
 )
 def test_errors(arguments, error, message) -> None:

@@ -35,6 +35,8 @@ def test_names_and_their_choices() -> None:
     expected = load_typefaces(2, glyphs="ABC", size=16, repeats=2, seed=3, folder=FONTS)
     assert drawn.images.equal(expected.images) and drawn.groups == expected.groups
     assert drawn.conditions is not None and drawn.conditions.count == 3
+    named = open_dataset(f"typefaces,fonts=cmtt10 Regular+DejaVu Sans Book,size=16,repeats=1,folder={FONTS}")
+    assert named.groups == ("cmtt10 Regular", "DejaVu Sans Book")
 
 
 def test_conditions_of_a_source_or_of_groups() -> None:
@@ -60,23 +62,29 @@ def test_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("mnist", "must begin with one of digits, fashion-mnist, cifar10, typefaces, or a folder of images, got mnist"),
+        (
+            "mnist",
+            "must begin with one of digits, fashion-mnist, cifar10, typefaces, or a folder of images, got 'mnist'",
+        ),
         ("", "must begin with one of digits"),
-        ("digits,size=8", "digits takes conditions=, null=, per_group=, got size=8"),
-        ("digits,labels", "digits takes conditions=, null=, per_group=, got labels"),
-        ("digits,", "digits takes conditions=, null=, per_group=, got "),
-        ("paintings,split=train", "paintings takes size=, channels=, text=, conditions=, null=, per_group=, got split"),
-        ("digits,conditions=glyph", "digits,conditions= must be one of none, labels, got glyph"),
-        ("paintings,conditions=glyph", "paintings,conditions= must be one of none, labels, metadata, got glyph"),
-        ("digits,null=1", "digits,null= must be yes or no, got 1"),
-        ("digits,null=yes", "null must come with conditions, got digits,null=yes"),
-        ("digits,per_group=all", "digits,per_group= must be an integer, got all"),
+        ("digits,size=8", "digits takes conditions=, null=, per_group=, got 'size=8'"),
+        ("digits,labels", "digits takes conditions=, null=, per_group=, got 'labels'"),
+        ("digits,", "digits takes conditions=, null=, per_group=, got ''"),
+        (
+            "paintings,split=train",
+            "paintings takes size=, channels=, text=, conditions=, null=, per_group=, got 'split=train'",
+        ),
+        ("digits,conditions=glyph", "digits,conditions= must be one of none, labels, got 'glyph'"),
+        ("paintings,conditions=glyph", "paintings,conditions= must be one of none, labels, metadata, got 'glyph'"),
+        ("digits,null=1", "digits,null= must be yes or no, got '1'"),
+        ("digits,null=yes", "null must come with conditions, got 'digits,null=yes'"),
+        ("digits,per_group=all", "digits,per_group= must be an integer, got 'all'"),
         ("digits,per_group=0", "per_group must be at least 1, got 0"),
         ("digits,per_group=3,per_group=3", "per_group must be given once"),
-        ("cifar10", "cifar10 must come with folder=, got cifar10"),
-        ("cifar10,folder=", "cifar10,folder= must be a folder, got "),
-        ("fashion-mnist,split=val", "fashion-mnist,split= must be one of train, test, all, got val"),
-        ("fashion-mnist,size=24", "size must be one of '28', '32', '16', got 24"),
+        ("cifar10", "cifar10 must come with folder=, got 'cifar10'"),
+        ("cifar10,folder=", "cifar10,folder= must be a folder, got ''"),
+        ("fashion-mnist,split=val", "fashion-mnist,split= must be one of train, test, all, got 'val'"),
+        ("fashion-mnist,size=24", "size must be 28, 32 or 16, got 24"),
     ],
 )
 def test_what_is_not_known_is_answered_with_the_choices(folder: Path, spec: str, message: str) -> None:

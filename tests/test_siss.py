@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from torch import Tensor
 
+from guda_fast.counterfactuals import TrainConfig, train
 from guda_fast.counterfactuals.siss import SISSObjective
 from guda_fast.datasets import GroupedImages
 from operator_cases import (
@@ -61,6 +65,43 @@ def test_rows_to_retain_come_from_all_data() -> None:
     assert set(batch.retain.condition.tolist()) == {0, 1, 2}
     assert set(batch.forget.condition.tolist()) == {1}
     assert objective.forget_share == 0.1
+
+
+def weighted_gradients(objective: SISSObjective, model: Affine, seed: int) -> tuple[Tensor, Tensor]:
+    """Those of the two terms of the first step's loss, as vectors."""
+    batch = objective.draw(torch.Generator().manual_seed(seed))
+    assert batch.forget is not None
+    found = []
+    for weight, rows in ((objective.retain_weight, batch.retain), (objective.forget_weight, batch.forget)):
+        arguments = objective.conditions.take(rows.condition)
+        loss = weight * (model(rows.x_t, rows.t, **arguments)[0] - rows.target).square().mean()
+        found.append(torch.cat([slope.flatten() for slope in slopes(model, loss)]))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_the_forget_gradient_is_there_and_shortened_in_every_step(share: float) -> None:
+    # So strong that it is shortened at each of these shares.
+    objective = SISSObjective(labelled_data(), "dog", extreme_schedule(), batch_size=BATCH, scale=40.0, share=share)
+    lines = [json.loads(line) for line in train(Affine(1), objective, TrainConfig(20, seed=5)).log]
+    assert len(lines) == 20
+    for line in lines:
+        assert line["forget_norm"] > line["retain_norm"]
+        assert line["forget_scale"] * line["forget_norm"] == pytest.approx(share * line["retain_norm"])
+    retain, forget = weighted_gradients(objective, Affine(1), seed=5)
+    joined = retain + share * retain.norm() / forget.norm() * forget
+    # Means of 300 products in float32, in another order.
+    assert lines[0]["grad_norm"] == pytest.approx(joined.norm().item(), rel=300 * 2**-24)
+    assert (lines[0]["retain_norm"], lines[0]["forget_norm"]) == pytest.approx(
+        (retain.norm().item(), forget.norm().item()), rel=300 * 2**-24
+    )
+
+
+def test_a_short_forget_gradient_stays_as_it_is() -> None:
+    objective = SISSObjective(labelled_data(), "dog", extreme_schedule(), batch_size=BATCH, scale=1e-3)
+    lines = [json.loads(line) for line in train(Affine(1), objective, TrainConfig(5, seed=5)).log]
+    assert [line["forget_scale"] for line in lines] == [1.0] * 5
+    assert all(line["forget_norm"] > 0 for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ class EraseDiffObjective:
     Source: Wu et al. 2024, Erasing Undesirable Influence in Diffusion Models, as one level of optimisation.
     """
 
-    retain_weight, forget_share = 1.0, None
+    retain_weight = 1.0
+    forget_share: float | None = None
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from guda_fast.counterfactuals.anchors import conditions_of
 from guda_fast.counterfactuals.objective import Batch, DenoisingObjective, FromBase
 from guda_fast.datasets.grouped import GroupedImages
 from guda_fast.diffusion.schedule import Schedule
+from guda_fast.forward.conditions import Conditions
 
 
 class ESDObjective:
@@ -33,7 +34,8 @@ class ESDObjective:
     Source: Gandikota et al. 2023, Erasing Concepts from Diffusion Models, on noised training images.
     """
 
-    retain_weight, forget_share = 1.0, None
+    retain_weight = 1.0
+    forget_share: float | None = None
 
     def __init__(
         self,
@@ -48,12 +50,13 @@ class ESDObjective:
         retain: str = "standard",
     ) -> None:
         where = "ESDObjective"
-        self.conditions = conditions_of(where, data)
+        given = conditions_of(where, data)
+        self.conditions: Conditions | None = given
         null = data.null if null is None else null
         if null is None:
             raise ValueError(f"{where}: null must be given where the data do not name their null condition, got None")
-        check_int(where, "null", null, 0, self.conditions.count - 1)
-        if bool((self.conditions.row[data.group(group)] == null).any()):
+        check_int(where, "null", null, 0, given.count - 1)
+        if bool((given.row[data.group(group)] == null).any()):
             raise ValueError(f"{where}: null must not be the condition of an image of {group!r}, got row {null}")
         self.forget_weight = check_real(where, "weight", weight, 0)
         guidance = check_real(where, "guidance", guidance, 0)

@@ -99,8 +99,10 @@ def make_objective(
 
     Raises TypeError or ValueError naming the argument, the option or the operator, with the choices.
 
-    >>> from guda_fast.datasets import load_digits
-    >>> make_objective("retrack", load_digits(), "3", schedule, mode="capped").forget_weight  # doctest: +SKIP
+    >>> import numpy as np, torch
+    >>> data = GroupedImages(torch.zeros(3, 1, 8, 8), {"cat": torch.tensor([0])})
+    >>> schedule = Schedule(np.linspace(1e-4, 0.02, 1000))
+    >>> make_objective("retrack", data, "cat", schedule, neighbours=2, mode="capped").forget_weight
     0.3
     """
     operator = OPERATORS[check_choice("make_objective", "name", name, OPERATORS)]

@@ -13,6 +13,7 @@ from guda_fast.counterfactuals.anchors import Table, conditions_of, make_anchors
 from guda_fast.counterfactuals.objective import Batch, DenoisingObjective, FromBase
 from guda_fast.datasets.grouped import GroupedImages
 from guda_fast.diffusion.schedule import Schedule
+from guda_fast.forward.conditions import Conditions
 
 
 class RedirectObjective:
@@ -31,7 +32,8 @@ class RedirectObjective:
     Raises TypeError or ValueError naming the argument. Source: GUDA (arXiv 2601.22651), GUDA-C.
     """
 
-    forget_weight, forget_share = 1.0, None
+    forget_weight = 1.0
+    forget_share: float | None = None
 
     def __init__(
         self,
@@ -47,7 +49,7 @@ class RedirectObjective:
         stability: float = 2.0,
     ) -> None:
         where = "RedirectObjective"
-        self.conditions = conditions_of(where, data)
+        self.conditions: Conditions | None = conditions_of(where, data)
         self.anchors = make_anchors(anchors, data, group, descriptors=descriptors, beta=beta, eta=eta)
         self.retain_weight = check_real(where, "stability", stability, 0)
         self.retain = DenoisingObjective(data, schedule, data.rest(group), batch_size=batch_size, retain="distill")

@@ -15,6 +15,8 @@ from guda_fast.datasets.grouped import GroupedImages
 from guda_fast.diffusion.schedule import Schedule
 
 MODES = ("paper", "capped", "official")
+# Of the neighbours that are in memory at a time: more would not stay in the cache from one operation to the next.
+_BLOCK_BYTES = 2**20
 
 
 class ReTrackObjective:
@@ -43,7 +45,8 @@ class ReTrackObjective:
     Raises TypeError or ValueError naming the argument. Source: GUDA (arXiv 2601.22651), GUDA-U.
     """
 
-    retain_weight, forget_share = 1.0, None
+    retain_weight = 1.0
+    forget_share: float | None = None
 
     def __init__(
         self,
@@ -80,14 +83,21 @@ class ReTrackObjective:
         x0, noising = self.data.take(self.forget[drawn]), self.retain.noising
         t, eps = noising.sample(x0, generator)
         x_t = noising.noise(x0, eps, t)
-        neighbours = self.data.take(self.neighbours[drawn].flatten()).unflatten(0, (len(drawn), -1))
-        scales = noising.x0_scale[t], noising.eps_scale[t]
-        if self.mode == "paper":
-            target = retrack_target(x_t, neighbours, *scales)
-        else:
-            literal = self.mode == "official"
-            target = capped_target(x0, eps, neighbours, *scales, kl_cap=self.kl_cap, literal=literal)
+        parts = drawn, x0, eps, x_t, noising.x0_scale[t], noising.eps_scale[t]
+        images = max(1, _BLOCK_BYTES // (4 * x0[0].numel() * self.neighbours.shape[1]))
+        target = torch.cat(
+            [self._targets(*block) for block in zip(*(part.split(images) for part in parts), strict=True)]
+        )
         return Rows(x_t, t, condition_of(self.data, self.forget[drawn]), target)
+
+    def _targets(
+        self, drawn: Tensor, x0: Tensor, eps: Tensor, x_t: Tensor, x0_scale: Tensor, eps_scale: Tensor
+    ) -> Tensor:
+        neighbours = self.data.take(self.neighbours[drawn].flatten()).unflatten(0, (len(drawn), -1))
+        if self.mode == "paper":
+            return retrack_target(x_t, neighbours, x0_scale, eps_scale)
+        literal = self.mode == "official"
+        return capped_target(x0, eps, neighbours, x0_scale, eps_scale, kl_cap=self.kl_cap, literal=literal)
 
 
 def retrack_target(x_t: Tensor, neighbours: Tensor, x0_scale: Tensor, eps_scale: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class SISSObjective:
         remaining = len(data.rest(group))
         self.retain_weight = n / remaining
         self.forget_weight = -check_real(where, "scale", scale, 0) * k / remaining
-        self.forget_share = check_real(where, "share", share, 0, 1)
+        self.forget_share: float | None = check_real(where, "share", share, 0, 1)
         self.conditions = data.conditions
         self.everything = DenoisingObjective(data, schedule, batch_size=batch_size)
         self.forget = DenoisingObjective(data, schedule, data.group(group), batch_size=batch_size)

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from guda_fast._validate import check_choice
+from guda_fast._validate import check_choice, describe
 from guda_fast.datasets.grouped import GroupedImages
 
-DEBIAN_FOLDER = Path("/usr/share/dataset-fashion-mnist")
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts the files."""
 
 GROUPS = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot",
 )  # fmt: skip
-SIZES = ("28", "32", "16")
+SIZES = (28, 32, 16)
 SPLITS = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
 _MOST = {"train": 60_000, "t10k": 10_000}
 _WHERE = "load_fashion_mnist"
@@ -47,7 +47,8 @@ def load_fashion_mnist(
     >>> load_fashion_mnist(size=16).images.shape  # doctest: +SKIP
     torch.Size([60000, 1, 16, 16])
     """
-    check_choice(_WHERE, "size", str(size), SIZES)
+    if size not in SIZES:
+        raise ValueError(f"{_WHERE}: size must be {SIZES[0]}, {SIZES[1]} or {SIZES[2]}, got {describe(size)}")
     check_choice(_WHERE, "split", split, SPLITS)
     source = DEBIAN_FOLDER if folder is None else Path(folder)
     if not source.is_dir():
@@ -112,9 +113,9 @@ def _resized(images: Tensor, size: int) -> Tensor:
     """[(N, 1, size, size), uint8] of [(N, 1, 28, 28), uint8]."""
     if size == 28:
         return images
-    padded = nn.functional.pad(images, (2, 2, 2, 2))
+    padded: Tensor = nn.functional.pad(images, (2, 2, 2, 2))
     if size == 32:
         return padded
-    sums = padded.to(torch.int16).unflatten(3, (16, 2)).sum(dim=4, dtype=torch.int16)
-    sums = sums.unflatten(2, (16, 2)).sum(dim=3, dtype=torch.int16)
+    squares = padded.reshape(len(images), 1, 16, 2, 16, 2)
+    sums = squares.sum(dim=(3, 5), dtype=torch.int16)
     return ((sums + 2) // 4).to(torch.uint8)

@@ -55,8 +55,8 @@ def standard_folders() -> list[Path]:
 def find_fonts(glyphs: str, folder: Path | None = None, *, styles: str = "regular") -> list[Font]:
     """The fonts that have all glyphs and a space, as fonts for text have, sorted by name.
 
-    Of files with one name the first by path is taken, and of fonts that draw all glyphs alike, as renamed copies do,
-    the first by name.
+    Of files with one name, as some families have for all styles, the one with the shortest file name is taken; of
+    fonts that draw all glyphs alike, as renamed copies do, the first by name.
 
     glyphs: distinct characters. folder: where to look, with all below [None: the standard folders]
     styles: "regular": of each family its regular style, or its first; "all": every style is a font
@@ -84,7 +84,8 @@ def find_fonts(glyphs: str, folder: Path | None = None, *, styles: str = "regula
 
 def _files(folders: Sequence[Path]) -> Iterator[Path]:
     for folder in folders:
-        yield from sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+        found = (path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+        yield from sorted(found, key=lambda path: (len(path.name), path))
 
 
 def _read(path: Path, *, warn: bool) -> Font | None:

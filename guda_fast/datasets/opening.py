@@ -68,6 +68,10 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def _fonts(text: str) -> int | list[str]:
+    return int(text) if text.isdecimal() else [name for name in text.split("+") if name]
+
+
 _NUMBER, _FLAG, _PATH = _Choice("an integer", int), _Choice("yes or no", _yes), _Choice("a folder", _path)
 # These are read here, for every source.
 _COMMON = {"null": _FLAG, "per_group": _NUMBER}
@@ -82,7 +86,7 @@ _SOURCES: dict[str, _Source] = {
     "typefaces": _Source(
         load_typefaces,
         {
-            "fonts": _NUMBER,
+            "fonts": _Choice("how many, or names with + between them", _fonts),
             "glyphs": _Choice("characters", str),
             "size": _NUMBER,
             "repeats": _NUMBER,
