@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from guda_fast.ops import delta_conv2d, delta_linear
 from guda_fast.reference.delta_conv2d import Window
@@ -49,7 +50,7 @@ class _Linear(torch.autograd.Function):
     """`delta_linear` with gradients for the rows and the factors."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor, segments: Segments
     ) -> Tensor:
         ctx.save_for_backward(x, weight, up, down)
@@ -57,7 +58,7 @@ class _Linear(torch.autograd.Function):
         return delta_linear(x, weight, bias, offsets=segments.offsets, up=up, down=down)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """dL/dx is the op with all factors transposed; dL/dB = g^T (x A^T), dL/dA = (g B)^T x over a model's rows."""
         x, weight, up, down = ctx.saved_tensors
@@ -77,7 +78,7 @@ class _Conv2d(torch.autograd.Function):
     """`delta_conv2d` with gradients for the rows and the factors."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -92,7 +93,7 @@ class _Conv2d(torch.autograd.Function):
         return delta_conv2d(x, weight, bias, offsets=segments.offsets, up=up, down=down, **window._asdict())
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The branch h = A * x, B h of each model is a group of one convolution; dL/dx adds the base's own."""
         x, weight, up, down = ctx.saved_tensors
@@ -100,7 +101,7 @@ class _Conv2d(torch.autograd.Function):
         window: Window = ctx.window
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = nn.grad.conv2d_input(x.shape, weight, grad, *window)  # type: ignore[no-untyped-call]
+            grad_x = conv2d_input(x.shape, weight, grad, *window)
         grad_up, grad_down = torch.empty_like(up), torch.empty_like(down)
         for models, rows in segments.blocks():
             groups = models.stop - models.start
@@ -112,10 +113,10 @@ class _Conv2d(torch.autograd.Function):
                 "nmop,nmrp->mor", *(tensor.unflatten(1, (groups, -1)).flatten(3) for tensor in (own_grad, hidden))
             )
             arguments = (grad_hidden, *window, groups)
-            of_weight = nn.grad.conv2d_weight(own_x, own_down.shape, *arguments)  # type: ignore[no-untyped-call]
+            of_weight = conv2d_weight(own_x, own_down.shape, *arguments)
             grad_down[models] = of_weight.unflatten(0, (groups, -1))
             if grad_x is not None:
-                of_x = nn.grad.conv2d_input(own_x.shape, own_down, *arguments)  # type: ignore[no-untyped-call]
+                of_x = conv2d_input(own_x.shape, own_down, *arguments)
                 grad_x[rows] += of_x.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
         return grad_x, None, None, grad_up, grad_down, None, None
 
@@ -123,7 +124,8 @@ class _Conv2d(torch.autograd.Function):
 def _by_model(tensor: Tensor, models: slice) -> Tensor:
     """The rows of equally many for each model [(M, n, ...)]."""
     count = models.stop - models.start
-    return tensor.unflatten(0, (count, len(tensor) // count))
+    result: Tensor = tensor.unflatten(0, (count, len(tensor) // count))
+    return result
 
 
 def _side_by_side(tensor: Tensor, models: slice) -> Tensor:

@@ -19,9 +19,8 @@ from guda_fast._files import atomic_write
 from guda_fast._validate import check_int, check_real, describe
 from guda_fast.counterfactuals._lora_layers import FactoredLayer, Factors, Segments, takes_factors
 from guda_fast.counterfactuals.config import TrainConfig
-from guda_fast.counterfactuals.frozen import concatenated
 from guda_fast.counterfactuals.selection import selected
-from guda_fast.counterfactuals.students import Inputs, forward
+from guda_fast.counterfactuals.students import Inputs, concatenated, forward
 from guda_fast.deltas.delta import LowRank
 
 _SMALLEST = torch.finfo(torch.float32).tiny
