@@ -90,6 +90,23 @@ def test_a_conditional_operator(run, tmp_path) -> None:
     assert code == 1 and "base: the base must take the conditions of the data" in printed
 
 
+def test_adapters_made_together_are_a_bank(run, base) -> None:
+    lora = ("--groups", "3,8,9", "--set", "lora_rank=2", "--set", "lr=0.01", "--together", 2)
+    code, printed = run(*command(base, *lora, "--pack", "bank.safetensors"))
+    assert code == 0 and "3 of 3 finished" in printed, printed
+    assert Path("models/8/adapter_model.safetensors").is_file()
+    bank = gf.DeltaBank.load(base, "bank.safetensors")
+    assert {found.kind for found in bank.survey().values()} == {"low-rank"}
+    assert bank.hash == gf.DeltaBank.load(base, {name: f"models/{name}" for name in bank.groups}).hash
+
+
+def test_a_run_that_reaches_its_bound_is_finished_and_says_so(run, base) -> None:
+    bound = ("--set", "retain_bound=1.0", "--set", "bound_every=1", "--set", "lr=0.1", "--steps", 5)
+    code, printed = run(*command(base, "--groups", "3", *bound))
+    record = json.loads(Path("models/3/training.json").read_text())
+    assert code == 0 and record["stopped"] and record["steps"] < 5 and f"3: {record['stopped']}" in printed
+
+
 def test_what_does_not_fit(run, base) -> None:
     for extra, message in {
         ("--groups", "3,cat"): "group must be one of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, got 'cat'",

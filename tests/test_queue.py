@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -202,6 +203,20 @@ def test_how_is_checked(field: str, value: int) -> None:
 
 
 @pytest.mark.slow
+def test_stopped_processes_end_at_once_and_leave_what_they_have(tmp_path: Path) -> None:
+    """Ctrl-C is raised in the first process: at its next event, here."""
+
+    def stop(event: Event) -> None:
+        raise KeyboardInterrupt
+
+    order = FewRunsOrder(steps=200, count=2)
+    with pytest.raises(KeyboardInterrupt):
+        work_through(order, order.open(), tmp_path, stop, devices=("cpu", "cpu"), checkpoint_every=1)
+    assert not multiprocessing.active_children()
+    assert list((tmp_path / ".runs").glob("*/checkpoint.safetensors"))
+
+
+@pytest.mark.slow
 def test_processes_share_a_queue_and_one_that_dies_is_replaced(tmp_path: Path) -> None:
     """Two workers, of which one is killed while it trains: the other makes what it leaves."""
     started: dict[str, float] = {}
@@ -211,8 +226,6 @@ def test_processes_share_a_queue_and_one_that_dies_is_replaced(tmp_path: Path) -
         if event.kind == "step":
             started.setdefault(event.name, time.monotonic())
             if len(started) == 2 and not killed:
-                import multiprocessing
-
                 victim = multiprocessing.active_children()[0]
                 assert victim.pid is not None
                 os.kill(victim.pid, signal.SIGKILL)

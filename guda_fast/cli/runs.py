@@ -65,12 +65,12 @@ class Progress:
         else:
             if event.name in self._bars:
                 self._bars.pop(event.name).close()
+            if event.text:
+                self._all.write(f"{event.name}: {event.text}")
             if event.kind == "finished":
                 self._all.update()
                 if self._then is not None:
                     self._then(event.name)
-            else:
-                self._all.write(f"{event.name}: {event.text}")
 
     def __enter__(self) -> Self:
         return self

@@ -37,8 +37,8 @@ _EVENTS_A_SECOND = 5.0
 class Event:
     """What happened to a run.
 
-    kind: "step" (``done`` of ``steps``), "finished", "failed" (``text`` says why), or "waiting": everything that is
-        left is being made by other processes
+    kind: "step" (``done`` of ``steps``), "finished" (``text`` says why it ended early, if it did), "failed" (``text``
+        says why), or "waiting": everything that is left is being made by other processes
     """
 
     kind: str
@@ -208,10 +208,12 @@ class Worker:
             result.losses,
             result.seconds,
             within=work or self.place.hidden,
+            steps=result.steps,
+            stopped=result.stopped,
         )
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
-        self._listen(Event("finished", name))
+        self._listen(Event("finished", name, text=result.stopped or ""))
 
     def _fail(self, name: str, error: BaseException) -> None:
         text = str(error) or type(error).__name__

@@ -88,17 +88,18 @@ def save_run(
     seconds: float,
     *,
     within: Path | None = None,
+    **found: Any,
 ) -> None:
     """Write a model and the record of its run; the folder appears whole or not at all.
 
     folder: must not exist. write: writes the model into a folder that is there, such as its ``save_pretrained``.
     settings: JSON values that define the run. losses: one a step. seconds: wall time of the training.
-    within: see ``unfinished``.
+    within: see ``unfinished``. found: what else is worth knowing about the run, as JSON values.
     """
     tail = list(losses)[-_LOSS_WINDOW:]
     with unfinished(folder, within) as temporary:
         write(temporary)
-        write_record(temporary, settings, loss=sum(tail) / len(tail), seconds=round(seconds, 3))
+        write_record(temporary, settings, loss=sum(tail) / len(tail), seconds=round(seconds, 3), **found)
 
 
 def _differences(wanted: Mapping[str, Any], found: Any) -> str:
