@@ -114,6 +114,34 @@ def test_all_runs_are_made_once_and_as_train_makes_them(tmp_path: Path) -> None:
     assert failures == {} and events == [] and made == []
 
 
+def test_what_a_process_left_that_was_killed_after_its_last_step_is_removed(tmp_path: Path) -> None:
+    make(FewRuns(), tmp_path)
+    place = Place(tmp_path)
+    place.work("b").mkdir(parents=True)
+    (place.work("b") / "checkpoint.safetensors").write_text("of a finished run")
+    place.lock("c").touch()
+    assert make(FewRuns(), tmp_path)[0] == {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_a_failure_that_cannot_be_noted_is_not_tried_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full disk."""
+    tried: list[str] = []
+
+    def hook(name: str) -> None:
+        tried.append(name)
+        if name == "b":
+            raise ValueError("no images")
+
+    def full(path: Path, mode: str) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("guda_fast.counterfactuals.queue.atomic_write", full)
+    failures, events = make(FewRuns(hook=hook), tmp_path)
+    assert failures.keys() == {"b"} and tried == ["a", "b", "c"]
+    assert Event("failed", "b", text="no images") in events
+
+
 def test_other_settings_are_refused_before_anything_is_made(tmp_path: Path) -> None:
     make(FewRuns(count=2), tmp_path)
     made: list[str] = []

@@ -7,7 +7,6 @@ import os
 import secrets
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -63,7 +62,9 @@ def work_through(
             Worker(series, place, listen, token, hows[0]).run()
         elif left:
             _in_processes(order, place, listen, token, hows)
-        return failures_of(series, place, token)
+        failures = failures_of(series, place, token)
+        place.tidy(name for name in series.names if name not in failures)
+        return failures
     finally:
         place.tidy()
 
@@ -85,10 +86,13 @@ def _in_processes(order: Order, place: Place, listen: Listener, token: str, hows
             processes.append(process)
         while pipes:
             for ready in wait(list(pipes)):
+                pipe: Any = ready
                 try:
-                    listen(ready.recv())  # type: ignore[union-attr]  # of what was put in
+                    event = pipe.recv()
                 except (EOFError, OSError):
-                    pipes.pop(ready)()  # type: ignore[call-overload]
+                    pipes.pop(pipe)()
+                else:
+                    listen(event)
     finally:
         for process in processes:
             process.terminate()
@@ -108,5 +112,4 @@ def _work(task: _Task, pipe: Connection[Any, Any]) -> None:
             # Not an exception: training must not take it for a run's own failure.
             os._exit(1)
 
-    with suppress(KeyboardInterrupt):
-        Worker(task.order.open(), Place(task.out), send, task.token, task.how).run()
+    Worker(task.order.open(), Place(task.out), send, task.token, task.how).run()

@@ -10,7 +10,7 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +78,16 @@ class Place:
         """Why a run failed."""
         return self.hidden / f"{name}.failed"
 
-    def tidy(self) -> None:
-        """Remove the hidden folder where nothing is in it."""
+    def tidy(self, done: Iterable[str] = ()) -> None:
+        """Remove what a process that was killed left of finished runs, and the hidden folder where nothing is in it."""
+        for name in done:
+            if not (self.work(name).exists() or self.lock(name).exists()):
+                continue
+            mine = claim(self.lock(name))
+            if mine is not None:
+                with mine:
+                    shutil.rmtree(self.work(name), ignore_errors=True)
+                    self.failure(name).unlink(missing_ok=True)
         with suppress(OSError):
             self.hidden.rmdir()
 
@@ -118,7 +126,7 @@ class Worker:
     def run(self) -> None:
         """Make what is left, and wait for what others make: what they leave unfinished is made here.
 
-        A run that fails does not stop the others; ``failures`` has it.
+        A run that fails does not stop the others; ``failures_of`` says why it did.
         """
         while True:
             with ExitStack() as held:
@@ -217,6 +225,7 @@ class Worker:
 
     def _fail(self, name: str, error: BaseException) -> None:
         text = str(error) or type(error).__name__
+        self._done.add(name)  # also where the note cannot be written
         with suppress(OSError), atomic_write(self.place.failure(name), "w") as file:
             json.dump({"command": self.token, "error": text}, file)
         self._listen(Event("failed", name, text=text))
