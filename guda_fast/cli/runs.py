@@ -120,6 +120,7 @@ def make(
     failures = dict(found)
     typer.echo(f"{len(series.names) - len(failures)} of {len(series.names)} finished ({done} before) -> {out}")
     if packing is not None:
+        packing.add([name for name in series.names if name not in failures])  # also what other commands have made
         failures |= packing.failures
     _say(failures)
 
@@ -149,6 +150,8 @@ class _Packing:
                 self._packer.add([name])
             except MENDABLE as error:
                 self.failures[f"{name} in the pack"] = str(error)
+            else:
+                self.failures.pop(f"{name} in the pack", None)
 
 
 def _say(failures: Mapping[str, str]) -> None:

@@ -24,20 +24,20 @@ class Packer:
         if models.absolute() in path.absolute().parents:
             raise ValueError(f"--pack: must not be among the models in {models}, got {path}")
         self._path, self._base, self._models = path, base, models
-        self._packed: set[str] = set()
-        if path.exists():
-            pack = Pack.open(path)
-            self._packed = {group for group in pack.groups if (models / group).is_dir()}
-            for group in sorted(self._packed):
-                if not all(_is_same(source) for source in pack[group].sources):
-                    raise CheckpointError(
-                        f"{path}: group {group!r} must be the model in {models / group}, found another; "
-                        "choose another pack"
-                    )
+        if not path.exists():
+            return
+        pack = Pack.open(path)
+        for group in pack.groups:
+            if (models / group).is_dir() and not all(_is_same(source) for source in pack[group].sources):
+                raise CheckpointError(
+                    f"{path}: group {group!r} must be the model in {models / group}, found another; choose another pack"
+                )
 
     def add(self, groups: Sequence[str]) -> None:
         """Append the models that are not in the pack."""
-        new = {group: self._models / group for group in groups if group not in self._packed}
+        # Looked up each time: another command may add to it too.
+        packed = Pack.open(self._path).groups if self._path.exists() else ()
+        new = {group: self._models / group for group in groups if group not in packed}
         if not new:
             return
         if self._path.exists():
@@ -45,7 +45,6 @@ class Packer:
         else:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             build_pack(self._base, new, self._path)
-        self._packed.update(new)
 
 
 def _is_same(source: SourceFile) -> bool:
