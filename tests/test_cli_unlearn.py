@@ -193,7 +193,18 @@ def test_killed_ten_times_a_queue_goes_on_and_ends_with_the_same_deltas(base, tm
         assert server.stdin is not None and server.stdout is not None
         folder = tmp_path / out
         arguments = ["unlearn", "retrack", "--base", base, "--data", "digits", "--out", folder / "models"]
-        arguments += ["--steps", 30, "--batch-size", 8, "--device", "cpu", "--set", "ema_decay=0.9"]
+        arguments += [
+            "--groups",
+            "0,1,2,3,4,5",
+            "--steps",
+            30,
+            "--batch-size",
+            8,
+            "--device",
+            "cpu",
+            "--set",
+            "ema_decay=0.9",
+        ]
         arguments += ["--checkpoint-every", 3, "--together", together, "--pack", folder / "bank.safetensors"]
         server.stdin.write("\t".join(map(str, (seconds, folder / "models" / ".runs", *arguments))) + "\n")
         server.stdin.flush()
@@ -206,12 +217,12 @@ def test_killed_ten_times_a_queue_goes_on_and_ends_with_the_same_deltas(base, tm
         for attempt in range(10):
             assert guda_fast("killed", delays.uniform(0, 0.2), together=1 + attempt % 3) == 9
             finished.append(len(weights(tmp_path / "killed" / "models")))
-        assert finished[-1] < 10, "the queue must not have ended before the last kill"
+        assert finished[-1] < 6, "the queue must not have ended before the last kill"
         assert guda_fast("killed", -1) == 0
         assert server.stdin is not None
         server.stdin.close()
     whole, killed = (weights(tmp_path / name / "models") for name in ("whole", "killed"))
-    assert len(whole) == 10 and killed == whole
+    assert len(whole) == 6 and killed == whole
     assert not (tmp_path / "killed" / "models" / ".runs").exists()
     packs = [gf.DeltaBank.load(base, tmp_path / name / "bank.safetensors") for name in ("whole", "killed")]
     assert packs[0].delta_hashes == packs[1].delta_hashes
