@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,3 +158,17 @@ def test_a_class_conditional_model_is_trained_on_the_classes_of_its_images() -> 
 
 def test_no_runs_are_no_results() -> None:
     assert train_together(Scaled(1.0), {}, TrainConfig(1)) == {}
+
+
+def test_bad_arguments() -> None:
+    runs = {"a": Noise(), "b": Noise()}
+    for work in ({"a": "x"}, {"a": "x", "b": "y/../x/."}, {"a": "x", "b": "x"}):
+        paths = {name: Path(folder) for name, folder in work.items()}
+        with pytest.raises(ValueError, match="work must have a folder of its own for each run"):
+            train_together(Scaled(1.0), runs, TrainConfig(1), work=paths)
+    with pytest.raises(ValueError, match="identity must be of runs in objectives"):
+        train_together(Scaled(1.0), runs, TrainConfig(1), identity={"c": ""})
+    with pytest.raises(TypeError, match="config must be a TrainConfig"):
+        train(Scaled(1.0), Noise(), {"steps": 1})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 1"):
+        train(Scaled(1.0), Noise(), TrainConfig(1), checkpoint_every=0)

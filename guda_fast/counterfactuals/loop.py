@@ -125,9 +125,11 @@ class Loop:
         if not plain:
             return
         torch.autograd.backward(plain, retain_graph=bool(apart))
-        for number, (run, loss) in enumerate(apart, 1):
-            found = torch.autograd.grad(loss, run.parameters, allow_unused=True, retain_graph=number < len(apart))
-            run.forget_gradients.add(found)
+        if apart:
+            parameters = [each for run, _ in apart for each in run.parameters]
+            found = iter(torch.autograd.grad([loss for _, loss in apart], parameters, allow_unused=True))
+            for run, _ in apart:
+                run.forget_gradients.add([next(found) for _ in run.parameters])
 
     def _autocast(self) -> AbstractContextManager[object]:
         dtype = _AUTOCAST.get(self._config.precision)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from guda_fast._validate import check_int
+from guda_fast._validate import check_int, describe
 from guda_fast.counterfactuals.bound import RetainBound
 from guda_fast.counterfactuals.checkpoint import model_digest
 from guda_fast.counterfactuals.config import TrainConfig
@@ -94,6 +94,7 @@ def train_together(
     Returns for each run what it gives, or the FloatingPointError or CheckpointError that ended it, while the others go
     on. Raises TypeError or ValueError naming the argument.
     """
+    _check(objectives, config, work, identity)
     check_int("train", "checkpoint_every", checkpoint_every, 1)
     parameter = _first_parameter(model)
     place = parameter.device if device is None else torch.device(device)
@@ -118,6 +119,22 @@ def train_together(
             results[run.name] = error
     _go(cohorts, loop, checkpoint_every, progress, results, parameter.device)
     return {name: results[name] for name in objectives}
+
+
+def _check(
+    objectives: Mapping[str, Objective],
+    config: TrainConfig,
+    work: Mapping[str, Path] | None,
+    identity: Mapping[str, str] | None,
+) -> None:
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"train: config must be a TrainConfig, got {describe(config)}")
+    if work is not None and (len({Path(work[name]).resolve() for name in objectives if name in work})) < len(
+        objectives
+    ):
+        raise ValueError(f"train: work must have a folder of its own for each run, got {describe(dict(work))}")
+    if unknown := sorted(set(identity or ()) - set(objectives)):
+        raise ValueError(f"train: identity must be of runs in objectives, got {describe(unknown)}")
 
 
 def _begin(run: Run, loop: Loop) -> None:
