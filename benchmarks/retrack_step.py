@@ -63,7 +63,7 @@ def _looped_steps(base: nn.Module, objective: LoopedReTrack) -> None:
         (model(rows.x_t, rows.t, return_dict=False)[0] - rows.target).square().mean().backward()
         for x_t, t, target in objective.singles(generator):
             error = (model(x_t[None], t, return_dict=False)[0][0] - target).square().mean()
-            (objective.forget_weight * error / BATCH_SIZE).backward()
+            (objective.forget_weight * error / objective.retain.batch_size).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 
 from guda_fast.counterfactuals.anchors import Anchors, make_anchors
 from guda_fast.datasets import GroupedImages, with_controls
+from guda_fast.datasets.typefaces import load_typefaces
 from guda_fast.forward.conditions import Conditions
 from operator_cases import labelled_data
 
@@ -89,6 +92,19 @@ def test_uniform_matched_and_removed() -> None:
 def test_labels_of_groups_are_one_object() -> None:
     found = make_anchors("uniform", labelled_data(), "dog")
     torch.testing.assert_close(found.probability, torch.tensor([[0.5, 0, 0.5, 0]], dtype=torch.float64))
+
+
+def test_typefaces_redirect_glyphs_to_the_same_glyph() -> None:
+    """Conditions are font * 2 + glyph, and 2 * fonts + glyph for the glyph without a font."""
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    data = load_typefaces(
+        3, glyphs="AB", size=8, repeats=2, conditions="font-glyph", null=True, styles="all", folder=folder
+    )
+    for kind in ("weighted_style", "uniform", "matched", "removed"):
+        found = make_anchors(kind, data, data.groups[0])
+        assert found.conditions.tolist() == [0, 1]
+        anchors = [row.nonzero().flatten().tolist() for row in found.probability]
+        assert anchors == ([[6], [7]] if kind == "removed" else [[2, 4], [3, 5]])
 
 
 def test_control_groups_are_no_styles_but_have_anchors() -> None:

@@ -113,7 +113,17 @@ def test_damaged_gzip_is_named(folder: Path) -> None:
     flipped[len(whole) // 2] ^= 255
     wrong_sum = bytearray(whole)
     wrong_sum[-6] ^= 1
-    for content in [whole[: len(whole) // 2], whole[:-4], whole[:7], gzip.decompress(whole), flipped, wrong_sum]:
+    no_block = bytearray(whole)
+    no_block[10] = 0xFF  # the first block's type, of which there are three
+    for content in [
+        no_block,
+        whole[: len(whole) // 2],
+        whole[:-4],
+        whole[:7],
+        gzip.decompress(whole),
+        flipped,
+        wrong_sum,
+    ]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{path}: must be"):
             load_fashion_mnist(folder)

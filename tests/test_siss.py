@@ -11,42 +11,20 @@ from torch import Tensor
 from guda_fast.counterfactuals import TrainConfig, train
 from guda_fast.counterfactuals.siss import SISSObjective
 from guda_fast.datasets import GroupedImages
-from operator_cases import (
-    BATCH,
-    Affine,
-    drawn,
-    exact,
-    extreme_schedule,
-    float64,
-    labelled_data,
-    mean_square,
-    objective_loss,
-    predict,
-    slopes,
-)
+from operator_cases import BATCH, Affine, assert_loss_is, extreme_schedule, labelled_data, ordinary_loss, slopes
 
 
 def test_loss_and_gradient_equal_a_plain_loop() -> None:
     data, schedule = labelled_data(), extreme_schedule()
     n, k, scale = 15, 4, 1.5
-    with float64():
-        student = Affine(1)
-        objective = SISSObjective(data, "dog", schedule, batch_size=BATCH, scale=scale)
-        loss = objective_loss(exact(objective, schedule), student, Affine(2), torch.Generator().manual_seed(5))
-        again = torch.Generator().manual_seed(5)
-        labels = data.conditions.row.tolist()
-        means = [
-            mean_square(
-                [
-                    (predict(student, image, labels[image.number]), image.eps)
-                    for image in drawn(data, index, schedule, again)
-                ]
-            )
-            for index in (torch.arange(n), data.group("dog"))
-        ]
-        expected = n / (n - k) * means[0] - scale * k / (n - k) * means[1]
-        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
-        torch.testing.assert_close(slopes(student, loss), slopes(student, expected), rtol=1e-8, atol=1e-8)
+
+    def loop(student, base, generator):
+        everything, group = (
+            ordinary_loss(data, index, schedule, student, generator) for index in (torch.arange(n), data.group("dog"))
+        )
+        return n / (n - k) * everything - scale * k / (n - k) * group
+
+    assert_loss_is(lambda: SISSObjective(data, "dog", schedule, batch_size=BATCH, scale=scale), schedule, loop)
 
 
 def test_the_terms_add_up_to_the_loss_of_what_remains() -> None:

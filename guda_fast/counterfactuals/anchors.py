@@ -73,6 +73,12 @@ def make_anchors(
 
     Raises TypeError or ValueError naming the argument: also where the table or the descriptors do not have the
     group, and where a condition has no anchor but itself. Source: GUDA (arXiv 2601.22651), GUDA-C.
+
+    >>> members = {"cat": torch.tensor([0]), "dog": torch.tensor([1]), "eel": torch.tensor([2])}
+    >>> labels = Conditions({"class_labels": torch.arange(3)}, torch.arange(3))
+    >>> data = GroupedImages(torch.zeros(3, 1, 8, 8), members, labels)
+    >>> make_anchors("uniform", data, "dog").probability
+    tensor([[0.5000, 0.0000, 0.5000]], dtype=torch.float64)
     """
     given = conditions_of(_WHERE, data)
     used = given.row[data.group(group)].unique()
@@ -174,7 +180,10 @@ def _over_groups(
 
 
 def _similarity(descriptors: Mapping[str, Tensor], group: str, others: list[str], beta: float) -> Tensor:
-    """softmax over the other groups of beta times the cosine, in the mean over the group's descriptors [(S,)]."""
+    """softmax over the other groups of beta times the cosine, in the mean over the group's descriptors [(S,)].
+
+    To draw a descriptor for an image and then a group by it is to draw a group by this mean.
+    """
     for name in (group, *others):
         if name not in descriptors:
             raise ValueError(f"{_WHERE}: descriptors must have group {name!r}, got {describe(tuple(descriptors))}")
