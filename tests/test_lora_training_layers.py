@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from delta_cases import BACKENDS, DEVICE
 from guda_fast._backends import use_backend
-from guda_fast.counterfactuals._lora_layers import FactoredLayer, Factors, Segments, takes_factors
+from guda_fast.counterfactuals._lora_layers import (
+    FactoredLayer,
+    Factors,
+    Segments,
+    _ConvStep,
+    branch_gradients,
+    merged_gradients,
+    takes_factors,
+)
+from guda_fast.reference.delta_conv2d import Window
 
 SIZES = {"equal": (3, 3), "one": (4,), "unequal": (1, 0, 4), "none": (0, 0)}
 RANK = 2
@@ -106,6 +115,24 @@ def test_values_and_gradients_are_those_of_one_model_after_another(layer: str, s
         assert ours.dtype == torch.float32
         assert ours.shape == theirs.shape
         assert bool(((ours.double() - theirs).abs() <= unit * bound).all())
+
+
+@pytest.mark.parametrize("of_x", [True, False])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("layer", [name for name in LAYERS if name.startswith("conv")])
+def test_all_ways_to_a_convolutions_gradients_agree(layer: str, sizes: str, of_x: bool) -> None:
+    case = Case(layer, SIZES[sizes], torch.float64)
+    up, down = (torch.stack(factors) for factors in zip(*case.factors, strict=True))
+    grad = case.together(*case.inputs()).cos()
+    window = Window(*(getattr(case.base, name) for name in Window._fields))
+    step = _ConvStep(case.x, case.base.weight, up, down, grad, case.segments, window, of_x)
+    expected = merged_gradients(step)
+    for together in (True, False):
+        for ours, theirs in zip(branch_gradients(step, together=together), expected, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                # Sums of at most a few hundred products of three normals.
+                torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
