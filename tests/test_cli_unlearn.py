@@ -193,19 +193,9 @@ def test_killed_ten_times_a_queue_goes_on_and_ends_with_the_same_deltas(base, tm
         assert server.stdin is not None and server.stdout is not None
         folder = tmp_path / out
         arguments = ["unlearn", "retrack", "--base", base, "--data", "digits", "--out", folder / "models"]
-        arguments += [
-            "--groups",
-            "0,1,2,3,4,5",
-            "--steps",
-            30,
-            "--batch-size",
-            8,
-            "--device",
-            "cpu",
-            "--set",
-            "ema_decay=0.9",
-        ]
-        arguments += ["--checkpoint-every", 3, "--together", together, "--pack", folder / "bank.safetensors"]
+        arguments += ["--groups", "0,1,2,3,4,5", "--steps", 30, "--batch-size", 8, "--device", "cpu"]
+        arguments += ["--set", "ema_decay=0.9", "--checkpoint-every", 3, "--together", together]
+        arguments += ["--pack", folder / "bank.safetensors"]
         server.stdin.write("\t".join(map(str, (seconds, folder / "models" / ".runs", *arguments))) + "\n")
         server.stdin.flush()
         return int(server.stdout.readline())
