@@ -79,7 +79,7 @@ class UnlearnOrder:
 
 def configured(fields: Mapping[str, Any]) -> TrainConfig:
     """Settings from values that a user typed: what has the wrong type is ValueError, as what is out of range."""
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     try:
         return TrainConfig(**given)
     except TypeError as error:

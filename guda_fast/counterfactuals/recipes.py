@@ -32,13 +32,15 @@ _TRAINING = tuple(field.name for field in fields(TrainConfig))
 
 
 class Series(Protocol):
-    """Runs that start from one model; what a queue works through.
+    """Runs that start from one model; what a queue works through."""
 
-    names: of the runs, and of their folders. record: the manifest of the data.
-    """
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the runs, and of their folders."""
 
-    names: tuple[str, ...]
-    record: Mapping[str, Any]
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """The manifest of the data."""
 
     @property
     def start(self) -> nn.Module:
@@ -157,7 +159,8 @@ class Retraining:
         from diffusers import DDPMPipeline, DDPMScheduler
 
         scheduler: Any = DDPMScheduler.from_config(dict(self.recipe.scheduler))
-        DDPMPipeline(result.model, scheduler).save_config(folder)
+        pipeline: Any = DDPMPipeline(result.model, scheduler)
+        pipeline.save_config(folder)
         scheduler.save_pretrained(folder / "scheduler")
         result.save(folder / "unet")
         (folder / "unet" / LOG).rename(folder / LOG)
@@ -170,7 +173,8 @@ class LabelDropout:
     objective: draws the rows; without a forget side. null: row of its conditions. share: of rows that change [0..1).
     """
 
-    forget_weight, forget_share = 0.0, None
+    forget_weight = 0.0
+    forget_share: float | None = None
 
     def __init__(self, objective: DenoisingObjective, null: int, share: float) -> None:
         self.objective, self.null, self.share = objective, null, share
