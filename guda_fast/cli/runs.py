@@ -118,7 +118,8 @@ def make(
             order, series, out, progress, devices=places, together=together, checkpoint_every=checkpoint_every
         )
     failures = dict(found)
-    typer.echo(f"{len(series.names) - len(failures)} of {len(series.names)} finished ({done} before) -> {out}")
+    where = out if beside else out / series.names[0]
+    typer.echo(f"{len(series.names) - len(failures)} of {len(series.names)} finished ({done} before) -> {where}")
     if packing is not None:
         packing.add([name for name in series.names if name not in failures])  # also what other commands have made
         failures |= packing.failures
@@ -207,7 +208,7 @@ def split_groups(groups: str) -> tuple[str, ...]:
 
 def print_cost(series: Series, left: Sequence[str], devices: Sequence[str], together: int) -> None:
     """Print what the runs that are left would cost, from a few measured steps."""
-    typer.echo(f"{'runs':<12} {len(left)} of {len(series.names)}, the others are finished")
+    typer.echo(f"{'runs':<12} {len(left)} of {len(series.names)} to make")
     if not left:
         return
     from guda_fast.counterfactuals.cost import measured
