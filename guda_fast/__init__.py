@@ -10,6 +10,7 @@ from guda_fast._backends import explain, use_backend
 from guda_fast._version import __version__
 from guda_fast.attribution import attribute
 from guda_fast.build_config import build_config
+from guda_fast.counterfactuals.unlearn import unlearn
 from guda_fast.datasets.latents import Latents
 from guda_fast.datasets.prompts import TextEncoder
 from guda_fast.deltas import DeltaBank, Pack, Source, append_pack, build_pack
@@ -53,5 +54,6 @@ __all__ = [
     "denoising_error",
     "explain",
     "precision_audit",
+    "unlearn",
     "use_backend",
 ]

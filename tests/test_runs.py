@@ -19,7 +19,7 @@ SETTINGS = {"run": "base", "steps": 3, "lr": 0.001, "grad_clip": None}
 def test_a_saved_run_is_finished_with_its_settings_only(tmp_path: Path) -> None:
     folder = tmp_path / "models" / "base"
     assert not finished(folder, SETTINGS)
-    save_run(folder, tiny_unet(), SETTINGS, [3.0, 2.0, 1.0], 0.1)
+    save_run(folder, tiny_unet().save_pretrained, SETTINGS, [3.0, 2.0, 1.0], 0.1)
     assert finished(folder, SETTINGS)
     assert sorted(path.name for path in folder.parent.iterdir()) == ["base"]
     with pytest.raises(CheckpointError, match=r"other settings \(steps: wanted 4, found 3\)"):
@@ -53,7 +53,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
         model = tiny_unet()
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
         try:
-            save_run(pathlib.Path({str(tmp_path)!r}) / "base", model, {{}}, [1.0], 1.0)
+            save_run(pathlib.Path({str(tmp_path)!r}) / "base", model.save_pretrained, {{}}, [1.0], 1.0)
         except OSError as error:
             print(error)
     """

@@ -11,8 +11,11 @@ from guda_fast._version import __version__
 from guda_fast.cli.demo import demo
 from guda_fast.cli.doctor import doctor
 from guda_fast.cli.evaluate import evaluate
+from guda_fast.cli.logo import logo
 from guda_fast.cli.pack import pack_app
 from guda_fast.cli.score import score
+from guda_fast.cli.train import train
+from guda_fast.cli.unlearn import unlearn
 from guda_fast.errors import MENDABLE
 
 INTERRUPTED = 130
@@ -25,6 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(demo)
+app.command()(train)
+app.command()(logo)
+app.command()(unlearn)
 app.command()(score)
 app.command()(evaluate)
 app.add_typer(pack_app, name="pack")
@@ -56,7 +62,7 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             typer.echo(
-                "guda-fast: interrupted; nothing half-written is left, and demo goes on from its finished stages",
+                "guda-fast: interrupted; what is finished is whole, and the same command goes on from it",
                 err=True,
             )
         raise

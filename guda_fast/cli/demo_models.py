@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import nn
-from tqdm import tqdm
 
-from guda_fast.counterfactuals import DenoisingObjective, Objective, ReTrackObjective, TrainConfig, TrainResult, train
-from guda_fast.counterfactuals.runs import finished, save_run
+from guda_fast.cli.runs import Progress
+from guda_fast.counterfactuals.config import TrainConfig
+from guda_fast.counterfactuals.networks import NETWORKS, fitted
+from guda_fast.counterfactuals.queue import complete
+from guda_fast.counterfactuals.recipes import BASE, BaseRecipe, Retraining, Series, Unlearning, UnlearningRecipe
+from guda_fast.counterfactuals.runs import finished
 from guda_fast.datasets import GroupedImages
-from guda_fast.diffusion import Schedule
+from guda_fast.datasets.encoders import networks_hash
+from guda_fast.deltas.base import open_base
 
-BATCH_SIZE = 64
-RETRACK: dict[str, Any] = {"weight": 0.3, "neighbours": 10}
+_NETWORK = NETWORKS["digits"]
 
 
 @dataclass(frozen=True)
@@ -30,52 +29,14 @@ class Recipe:
     unlearn_steps: int
     seed: int
 
-    def from_scratch(self) -> TrainConfig:
-        """Settings of base and LOGO trainings."""
-        return TrainConfig(
-            self.steps, lr=1e-3, warmup_steps=min(100, self.steps // 4), decay="cosine", ema_decay=0.995, seed=self.seed
-        )
+    def from_scratch(self, data: GroupedImages) -> BaseRecipe:
+        """Of base and LOGO trainings."""
+        training = TrainConfig(**_NETWORK.trained(steps=self.steps, seed=self.seed))
+        return BaseRecipe(fitted(_NETWORK.config, data), dict(_NETWORK.scheduler), training)
 
-    def unlearning(self) -> TrainConfig:
-        """Settings of unlearning runs."""
-        return TrainConfig(self.unlearn_steps, lr=1e-4, seed=self.seed)
-
-
-def digits_scheduler() -> Any:
-    """The noise schedule of the demo: 1,000 steps, squared cosine."""
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
-
-
-def digits_unet(seed: int) -> nn.Module:
-    """A UNet2DModel of 0.70 M parameters for 8x8 grey images, with weights drawn from ``seed``."""
-    from diffusers import UNet2DModel
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=1,
-            block_out_channels=(32, 64),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            norm_num_groups=8,
-        )
-    return cast(nn.Module, model)
-
-
-def _timed_training(
-    name: str, start: nn.Module, objective: Objective, config: TrainConfig
-) -> tuple[TrainResult, float]:
-    """The result and its wall time. The bar is gone before the result is saved: Python ignores a Ctrl-C that
-    arrives while an object is being freed."""
-    with tqdm(total=config.steps, desc=f"train {name}", unit="step", dynamic_ncols=True) as bar:
-        begin = time.perf_counter()
-        result = train(start, objective, config, progress=lambda done, _: bar.update(done - bar.n))
-        return result, time.perf_counter() - begin
+    def unlearning(self) -> UnlearningRecipe:
+        """Of unlearning runs."""
+        return UnlearningRecipe("retrack", steps=self.unlearn_steps, options={"seed": self.seed})
 
 
 class ModelStages:
@@ -85,68 +46,40 @@ class ModelStages:
     """
 
     def __init__(self, folder: Path, data: GroupedImages, recipe: Recipe) -> None:
-        self.folder = folder
-        self.data = data
-        self.recipe = recipe
-        self.scheduler = digits_scheduler()
-        self.schedule = Schedule.from_scheduler(self.scheduler)
+        self.folder, self.data, self.recipe = folder, data, recipe
+        self._from_scratch = recipe.from_scratch(data)
+
+    @property
+    def scheduler(self) -> Any:
+        """The noise schedule: 1,000 steps, squared cosine."""
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler.from_config(self._from_scratch.scheduler)
 
     def base_hash(self) -> str:
-        """A hash of the finished base's weights: what is made from another base is another run."""
-        weights = (self.folder / "base" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-        return hashlib.blake2b(weights, digest_size=16).hexdigest()
+        """A hash of the finished base: what is made from another one is another run."""
+        return networks_hash(self.load_base())
 
     def load_base(self) -> nn.Module:
         """The finished base model."""
-        from diffusers import UNet2DModel
-
-        model = UNet2DModel.from_pretrained(
-            self.folder / "base" / "unet", local_files_only=True, low_cpu_mem_usage=False
-        )
-        return cast(nn.Module, model)
+        return open_base(self.folder / BASE, None).model
 
     def base(self) -> Path:
         """The full-data model, as a diffusers pipeline folder."""
-        runs = [("base", self._without(None))]
-        self._train(runs, digits_unet(self.recipe.seed), self.recipe.from_scratch(), {"objective": "denoising"})
-        return self.folder / "base"
+        self._make(Retraining(self.data, self._from_scratch), self.folder)
+        return self.folder / BASE
 
     def logo(self) -> dict[str, Path]:
         """One model a group, trained from scratch on all other groups."""
-        runs = [(f"logo/{group}", self._without(group)) for group in self.data.groups]
-        self._train(runs, digits_unet(self.recipe.seed), self.recipe.from_scratch(), {"objective": "denoising"})
-        return {group: self.folder / "logo" / group for group in self.data.groups}
+        return self._make(Retraining(self.data, self._from_scratch, self.data.groups), self.folder / "logo")
 
     def unlearned(self) -> dict[str, Path]:
         """One model a group: the base with the group unlearned by ReTrack."""
-        settings = {**RETRACK, "objective": "retrack", "mode": "paper", "base": self.base_hash()}
-        runs = [(f"unlearned/{group}", self._retrack(group)) for group in self.data.groups]
-        self._train(runs, self.load_base(), self.recipe.unlearning(), settings)
-        return {group: self.folder / "unlearned" / group for group in self.data.groups}
+        series = Unlearning(self.data, self.folder / BASE, self.recipe.unlearning(), self.data.groups)
+        return self._make(series, self.folder / "unlearned")
 
-    def _without(self, group: str | None) -> Callable[[], Objective]:
-        index = None if group is None else self.data.rest(group)
-        return lambda: DenoisingObjective(self.data, self.schedule, index, batch_size=BATCH_SIZE)
-
-    def _retrack(self, group: str) -> Callable[[], Objective]:
-        return lambda: ReTrackObjective(self.data, group, self.schedule, batch_size=BATCH_SIZE, **RETRACK)
-
-    def _train(
-        self,
-        runs: Iterable[tuple[str, Callable[[], Objective]]],
-        start: nn.Module,
-        config: TrainConfig,
-        settings: dict[str, Any],
-    ) -> None:
-        settings = {"data": "digits", "batch_size": BATCH_SIZE, **settings, **asdict(config)}
-        for name, objective in runs:
-            if finished(self.folder / name, {"run": name, **settings}):
-                continue
-            result, seconds = _timed_training(name, start, objective(), config)
-            model = self._as_pipeline(result.model) if name == "base" else result.model
-            save_run(self.folder / name, model, {"run": name, **settings}, result.losses, seconds)
-
-    def _as_pipeline(self, model: nn.Module) -> Any:
-        from diffusers import DDPMPipeline
-
-        return DDPMPipeline(model, self.scheduler)
+    def _make(self, series: Series, out: Path) -> dict[str, Path]:
+        done = sum(finished(out / name, series.settings(name)) for name in series.names)
+        with Progress(series.names, done) as progress:
+            complete(series, out, progress)
+        return {name: out / name for name in series.names}

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from guda_fast._files import atomic_write
 from guda_fast.errors import CheckpointError
 
 RECORD = "training.json"
+MANIFEST = "manifest.json"
 _LOSS_WINDOW = 100
 
 
@@ -34,22 +36,26 @@ def finished(folder: Path, settings: Mapping[str, Any]) -> bool:
             f"{record}: must be the record of a finished run, found {type(error).__name__}: {error}; "
             f"remove {folder} to make it anew"
         ) from error
-    if found != dict(settings):
+    wanted = json.loads(json.dumps(dict(settings)))  # tuples are lists there
+    if found != wanted:
         raise CheckpointError(
-            f"{record}: was made with other settings ({_differences(settings, found)}); "
+            f"{record}: was made with other settings ({_differences(wanted, found)}); "
             f"choose another folder, or remove {folder} to make it anew"
         )
     return True
 
 
 @contextmanager
-def unfinished(folder: Path) -> Iterator[Path]:
+def unfinished(folder: Path, within: Path | None = None) -> Iterator[Path]:
     """A temporary folder that becomes ``folder`` when the block ends without an error, and is removed otherwise.
 
     folder: must not exist; its parents are made.
+    within: where the temporary folder is, on the same file system [beside ``folder``]; made where it is not there.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    within = within or folder.parent
+    within.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=within))
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -67,20 +73,49 @@ def write_record(folder: Path, settings: Mapping[str, Any], **found: Any) -> Non
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
 
-def save_run(folder: Path, model: Any, settings: Mapping[str, Any], losses: Sequence[float], seconds: float) -> None:
-    """Write a model with ``save_pretrained`` and the record of its run; the folder appears whole or not at all.
+def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write what the data are (``guda_fast.datasets.manifest``) beside what is made of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / MANIFEST, "w") as file:
+        file.write(json.dumps(dict(record), indent=2) + "\n")
 
-    folder: must not exist. model: anything with ``save_pretrained`` (a model or a pipeline).
+
+def save_run(
+    folder: Path,
+    write: Callable[[Path], object],
+    settings: Mapping[str, Any],
+    losses: Sequence[float],
+    seconds: float,
+    *,
+    within: Path | None = None,
+    **found: Any,
+) -> None:
+    """Write a model and the record of its run; the folder appears whole or not at all.
+
+    folder: must not exist. write: writes the model into a folder that is there, such as its ``save_pretrained``.
     settings: JSON values that define the run. losses: one a step. seconds: wall time of the training.
+    within: see ``unfinished``. found: what else is worth knowing about the run, as JSON values.
     """
     tail = list(losses)[-_LOSS_WINDOW:]
-    with unfinished(folder) as temporary:
-        model.save_pretrained(temporary)
-        write_record(temporary, settings, loss=sum(tail) / len(tail), seconds=round(seconds, 3))
+    with unfinished(folder, within) as temporary:
+        write(temporary)
+        write_record(temporary, settings, loss=sum(tail) / len(tail), seconds=round(seconds, 3), **found)
 
 
 def _differences(wanted: Mapping[str, Any], found: Any) -> str:
     if not isinstance(found, Mapping):
         return f"settings must be an object, found {found!r}"
+    wanted, found = _flat(wanted), _flat(found)
     keys = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     return ", ".join(f"{key}: wanted {wanted.get(key)!r}, found {found.get(key)!r}" for key in keys)
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings within settings, such as an operator's options, under names like ``options.weight``."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}.{inner}": one for inner, one in _flat(value).items()}
+        else:
+            found[key] = value
+    return found
