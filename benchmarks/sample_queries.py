@@ -15,8 +15,8 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
+from guda_fast.diffusion.conditions import Conditions
 from guda_fast.diffusion.sampling import sample_images
-from guda_fast.forward.conditions import Conditions
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from guda_fast.datasets.latents import Latents
 from guda_fast.datasets.prompts import TextEncoder
 from guda_fast.deltas import DeltaBank, Pack, Source, append_pack, build_pack
 from guda_fast.diffusion import FlowSchedule, Protocol, Schedule
+from guda_fast.diffusion.conditions import Conditions
 from guda_fast.errors import (
     BackendUnavailableError,
     BatchedUnavailableError,
@@ -23,7 +24,6 @@ from guda_fast.errors import (
     PrecisionError,
 )
 from guda_fast.estimators import Full
-from guda_fast.forward.conditions import Conditions
 from guda_fast.ops import add_noise, denoising_error
 from guda_fast.prepare import precision_audit
 from guda_fast.results import Attribution

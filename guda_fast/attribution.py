@@ -17,9 +17,9 @@ from guda_fast.datasets.latents import Latents
 from guda_fast.datasets.queries import QuerySource
 from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion import Protocol
+from guda_fast.diffusion.conditions import flat
 from guda_fast.errors import CancelledError
 from guda_fast.estimators import Full
-from guda_fast.forward.conditions import flat
 from guda_fast.prepare import Execution, Prepared, prepare
 from guda_fast.results import Attribution
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import guda_fast as gf
-from guda_fast.forward.conditions import Conditions
+from guda_fast.diffusion.conditions import Conditions
 from guda_fast.reference import add_noise
 from tiny import perturbed
 

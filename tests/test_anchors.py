@@ -13,7 +13,7 @@ import torch
 from guda_fast.counterfactuals.anchors import Anchors, make_anchors
 from guda_fast.datasets import GroupedImages, with_controls
 from guda_fast.datasets.typefaces import load_typefaces
-from guda_fast.forward.conditions import Conditions
+from guda_fast.diffusion.conditions import Conditions
 from operator_cases import labelled_data
 
 STYLES = ("cubism", "fauvism", "pop")

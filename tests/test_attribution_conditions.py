@@ -27,7 +27,7 @@ from conditional import (
     save_pipeline,
 )
 from guda_fast.diffusion import query_id
-from guda_fast.forward.conditions import flat
+from guda_fast.diffusion.conditions import flat
 from tiny import perturbed, tiny_unet
 
 SCHEDULER = DDPMScheduler(num_train_timesteps=100)

@@ -15,8 +15,8 @@ from diffusers import DDPMScheduler
 
 import guda_fast as gf
 from conditional import FEATURES, MODELS, TOKENS, conditions_of, loop_errors
+from guda_fast.diffusion.conditions import Conditions, flat
 from guda_fast.forward import POLICIES, Engine, Rows
-from guda_fast.forward.conditions import Conditions, flat
 from tiny import perturbed
 
 SHAPE = (4, 8, 8)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from guda_fast.datasets import GroupedImages, load_digits, thinned, with_labels
-from guda_fast.forward.conditions import Conditions
+from guda_fast.diffusion.conditions import Conditions
 
 IMAGES = torch.zeros(4, 1, 2, 2)
 CAT, DOG = torch.tensor([0, 3]), torch.tensor([1, 2])

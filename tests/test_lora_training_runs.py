@@ -23,7 +23,7 @@ from guda_fast.counterfactuals import (
 )
 from guda_fast.datasets import GroupedImages
 from guda_fast.deltas import DeltaBank
-from guda_fast.forward.conditions import Conditions
+from guda_fast.diffusion.conditions import Conditions
 from tiny import perturbed, tiny_unet
 
 SCHEDULE = Schedule.from_scheduler(DDPMScheduler())

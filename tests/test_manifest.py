@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from guda_fast.datasets import GroupedImages, manifest, with_controls, with_labels
-from guda_fast.forward.conditions import Conditions
+from guda_fast.diffusion.conditions import Conditions
 
 VALUES = [[0.5, -1.0], [0.25, 0.0], [0.5, -1.0]]
 IMAGES = torch.tensor(VALUES).reshape(3, 1, 1, 2)

@@ -12,7 +12,7 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableD
 import guda_fast as gf
 from conditional import FEATURES, POOLED, WORDS, tiny_text_encoder, tiny_tokenizer
 from guda_fast.datasets import prompts as module
-from guda_fast.forward.conditions import flat
+from guda_fast.diffusion.conditions import flat
 
 PROMPTS = ["a cat", "dog", "a cat", ""]
 

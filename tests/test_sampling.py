@@ -8,8 +8,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 from conditional import CLASSES, classed
+from guda_fast.diffusion.conditions import Conditions
 from guda_fast.diffusion.sampling import sample_images
-from guda_fast.forward.conditions import Conditions
 from tiny import tiny_unet
 
 SCHEDULER = DDPMScheduler(num_train_timesteps=40, beta_schedule="squaredcos_cap_v2")

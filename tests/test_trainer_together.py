@@ -22,7 +22,7 @@ from guda_fast.counterfactuals import (
 )
 from guda_fast.counterfactuals.frozen import FrozenBase
 from guda_fast.datasets import GroupedImages, load_digits
-from guda_fast.forward.conditions import Conditions
+from guda_fast.diffusion.conditions import Conditions
 from tiny import Scaled, tiny_unet
 from training import SCHEDULE, Dropping, Fixed, Noise, assert_equal, changed, constant, distance
 

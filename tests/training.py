@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from guda_fast import Schedule
 from guda_fast.counterfactuals import Batch, FromBase, Rows, TrainResult
-from guda_fast.forward.conditions import Conditions
+from guda_fast.diffusion.conditions import Conditions
 from tiny import Scaled
 
 SCHEDULE = Schedule.from_scheduler(DDPMScheduler())

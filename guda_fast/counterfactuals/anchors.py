@@ -11,7 +11,7 @@ from torch import Tensor
 
 from guda_fast._validate import check_choice, check_real, check_tensor, describe
 from guda_fast.datasets.grouped import GroupedImages
-from guda_fast.forward.conditions import Conditions
+from guda_fast.diffusion.conditions import Conditions
 
 Key = str | int | bytes
 """What stands for a condition: its key, or its row where the conditions have no keys."""

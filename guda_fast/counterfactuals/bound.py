@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from guda_fast.counterfactuals.frozen import inputs_of
 from guda_fast.counterfactuals.objective import Objective, Rows
 from guda_fast.counterfactuals.students import forward
-from guda_fast.forward.conditions import Conditions
+from guda_fast.diffusion.conditions import Conditions
 
 _DRAWS = 8
 # Of draws that no run is trained on, as far as seeds are small.

@@ -10,8 +10,8 @@ from guda_fast._validate import check_int, check_real
 from guda_fast.counterfactuals.anchors import conditions_of
 from guda_fast.counterfactuals.objective import Batch, DenoisingObjective, FromBase
 from guda_fast.datasets.grouped import GroupedImages
+from guda_fast.diffusion.conditions import Conditions
 from guda_fast.diffusion.schedule import Schedule
-from guda_fast.forward.conditions import Conditions
 
 
 class ESDObjective:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from guda_fast.counterfactuals.objective import FromBase, Rows
 from guda_fast.counterfactuals.students import Inputs, concatenated, forward
-from guda_fast.forward.conditions import Conditions
+from guda_fast.diffusion.conditions import Conditions
 
 
 class FrozenBase:

@@ -158,7 +158,7 @@ def check_fits(where: str, model: nn.Module, data: GroupedImages) -> None:
 
 def _check_conditions(where: str, model: nn.Module, data: GroupedImages) -> None:
     from guda_fast.datasets.conditions import check_conditions
-    from guda_fast.forward.conditions import Conditions
+    from guda_fast.diffusion.conditions import Conditions
 
     conditions = Conditions.none(len(data)) if data.conditions is None else data.conditions
     try:

@@ -11,8 +11,8 @@ from torch import Tensor
 from guda_fast._validate import check_choice, check_int, check_tensor
 from guda_fast.counterfactuals.noising import Noising
 from guda_fast.datasets.grouped import GroupedImages
+from guda_fast.diffusion.conditions import Conditions
 from guda_fast.diffusion.schedule import Schedule
-from guda_fast.forward.conditions import Conditions
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from guda_fast._validate import check_real
 from guda_fast.counterfactuals.anchors import Table, conditions_of, make_anchors
 from guda_fast.counterfactuals.objective import Batch, DenoisingObjective, FromBase
 from guda_fast.datasets.grouped import GroupedImages
+from guda_fast.diffusion.conditions import Conditions
 from guda_fast.diffusion.schedule import Schedule
-from guda_fast.forward.conditions import Conditions
 
 
 class RedirectObjective:

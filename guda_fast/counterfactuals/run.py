@@ -19,7 +19,7 @@ from guda_fast.counterfactuals.log import LOG, Log
 from guda_fast.counterfactuals.objective import Batch, Objective
 from guda_fast.counterfactuals.result import TrainResult
 from guda_fast.counterfactuals.students import Students
-from guda_fast.forward.conditions import Conditions
+from guda_fast.diffusion.conditions import Conditions
 
 _Read = TypeVar("_Read")
 

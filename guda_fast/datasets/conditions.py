@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from guda_fast._validate import check_int, check_tensor, describe
-from guda_fast.forward.conditions import Conditions, Given, flat, map_tensors
+from guda_fast.diffusion.conditions import Conditions, Given, flat, map_tensors
 
 ConditionSource = Conditions | Mapping[str, Given] | Sequence[int] | Tensor | np.ndarray[Any, Any]
 """Conditions, as a `TextEncoder` gives; tensors by the name of the model's argument, with a row a query; or class

@@ -15,7 +15,7 @@ from guda_fast._validate import check_choice, check_int, describe
 from guda_fast.datasets.grouped import GroupedImages
 from guda_fast.datasets.prompts import TextEncoder
 from guda_fast.datasets.queries import image_names, read_pixels
-from guda_fast.forward.conditions import Conditions
+from guda_fast.diffusion.conditions import Conditions
 
 METADATA = "metadata.jsonl"
 _GREY = ("1", "L", "LA")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from guda_fast._validate import check_choice, check_index_range, check_int, check_tensor, describe
-from guda_fast.forward.conditions import Conditions
+from guda_fast.diffusion.conditions import Conditions
 
 _WHERE = "GroupedImages"
 

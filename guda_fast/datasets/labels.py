@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from guda_fast.datasets.grouped import GroupedImages
-from guda_fast.forward.conditions import Conditions
+from guda_fast.diffusion.conditions import Conditions
 
 _WHERE = "with_labels"
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from guda_fast.datasets.grouped import GroupedImages
-from guda_fast.forward.conditions import Conditions, flat
+from guda_fast.diffusion.conditions import Conditions, flat
 
 _DTYPES = {torch.float32: "float32", torch.uint8: "uint8"}
 

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from guda_fast._json import read_object
+from guda_fast._memory import free_bytes
 from guda_fast._validate import check_int, describe
 from guda_fast.datasets.encoders import component, frozen, networks_hash
-from guda_fast.forward.batched_plan import free_bytes
-from guda_fast.forward.conditions import Conditions, flat, map_tensors
+from guda_fast.diffusion.conditions import Conditions, flat, map_tensors
 
 _PLAIN, _PROJECTED, _T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
 _FAMILIES = {

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from guda_fast._validate import check_int, describe
 from guda_fast.datasets.conditions import ConditionSource, load_conditions
+from guda_fast.diffusion.conditions import Conditions
 from guda_fast.diffusion.query_id import query_id
-from guda_fast.forward.conditions import Conditions
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _MODES = {1: "L", 3: "RGB"}

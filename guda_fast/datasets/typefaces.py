@@ -18,7 +18,7 @@ from torch import Tensor
 from guda_fast._validate import check_choice, check_int, describe
 from guda_fast.datasets.fonts import Font, find_fonts, standard_folders
 from guda_fast.datasets.grouped import GroupedImages
-from guda_fast.forward.conditions import Conditions
+from guda_fast.diffusion.conditions import Conditions
 
 CONDITIONS = ("none", "glyph", "font-glyph")
 STYLES = ("regular", "all")

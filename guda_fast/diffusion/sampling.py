@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from guda_fast._validate import check_int
-from guda_fast.forward.conditions import Conditions
+from guda_fast.diffusion.conditions import Conditions
 
 
 def sample_images(

@@ -1,9 +1,9 @@
 """Executes rows: (query, draw) pairs under the base or a counterfactual."""
 
+from guda_fast.diffusion.conditions import Conditions
 from guda_fast.forward._routing import RowModels
 from guda_fast.forward.batched import BatchedModel
 from guda_fast.forward.batches import Advance
-from guda_fast.forward.conditions import Conditions
 from guda_fast.forward.engine import Engine
 from guda_fast.forward.fuse import fuse, fused_blocks, unfuse
 from guda_fast.forward.noised import NoisedQueries

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from guda_fast._validate import check_tensor
-from guda_fast.forward.conditions import flat
+from guda_fast.diffusion.conditions import flat
 
 Kind = frozenset[str]
 """The factors that something depends on, of FACTORS."""

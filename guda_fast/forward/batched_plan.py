@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from guda_fast._memory import free_bytes
 from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion.schedule import FloatArray
 from guda_fast.errors import BatchedUnavailableError
@@ -85,14 +85,3 @@ def _check_memory(bank: DeltaBank) -> None:
             f"the parameters of all groups take {changed / 2**30:.2f} GiB and their rehearsal "
             f"{rehearsal / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB is free, of which half may be used"
         )
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that can be had, None where nothing tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

@@ -13,12 +13,12 @@ from torch import Tensor
 from guda_fast._validate import check_bool, check_choice, check_int
 from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion import NoiseSource, Protocol
+from guda_fast.diffusion.conditions import Conditions
 from guda_fast.diffusion.schedule import FloatArray
 from guda_fast.forward._routing import Inputs
 from guda_fast.forward.activations import peak_bytes
 from guda_fast.forward.batched_plan import BatchedPlan
 from guda_fast.forward.batches import Advance, Batches
-from guda_fast.forward.conditions import Conditions
 from guda_fast.forward.noised import NoisedQueries
 from guda_fast.forward.plan import PLANS, Choice, Planner
 from guda_fast.forward.precision import POLICIES, Precision

@@ -12,8 +12,8 @@ from torch import Tensor
 from guda_fast import ops
 from guda_fast._validate import check_tensor
 from guda_fast.diffusion import NoiseSource, Protocol
+from guda_fast.diffusion.conditions import Conditions
 from guda_fast.diffusion.schedule import FloatArray
-from guda_fast.forward.conditions import Conditions
 from guda_fast.forward.rows import BASE, Rows
 
 _CHUNK = 64  # rows whose squares are in float64 at once

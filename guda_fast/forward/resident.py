@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from guda_fast.diffusion.conditions import map_tensors
 from guda_fast.forward._routing import Inputs
-from guda_fast.forward.conditions import map_tensors
 from guda_fast.forward.fuse import fuse
 
 _WARM_UP = 3
