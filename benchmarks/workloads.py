@@ -70,9 +70,10 @@ def _unet(**config: Any) -> nn.Module:
 
 
 def _digits() -> nn.Module:
-    from guda_fast.cli.demo_models import digits_unet
+    from guda_fast.counterfactuals.networks import find_network, fitted, initial
+    from guda_fast.datasets import load_digits
 
-    return digits_unet(seed=0)
+    return initial(fitted(find_network("digits").config, load_digits()), seed=0)
 
 
 def _small(channels: tuple[int, int], size: int, groups: int) -> nn.Module:
