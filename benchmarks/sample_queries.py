@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -29,6 +30,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="denoising steps [all of them]")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
+    if given.out.exists():
+        parser.error(f"OUT must not be there already, found {given.out}")
     model = UNet2DModel.from_pretrained(given.base / "unet", local_files_only=True)
     scheduler = DDPMScheduler.from_pretrained(given.base / "scheduler", local_files_only=True)
     conditions = None
@@ -38,13 +41,16 @@ def main() -> None:
     pixels = sample_images(
         model, scheduler, given.count, steps=given.steps, seed=given.seed, batch_size=64, conditions=conditions
     )
-    given.out.mkdir(parents=True)
     names = [f"{index:04d}.png" for index in range(given.count)]
+    part = given.out.with_name(f".{given.out.name}")  # what is there under its own name is whole
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     for name, image in zip(names, pixels, strict=True):
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(given.out / name)
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(part / name)
     if conditions is not None:
         lines = [json.dumps({"file_name": n, "label": r}) for n, r in zip(names, conditions.row.tolist(), strict=True)]
-        (given.out.parent / f"{given.out.name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        given.out.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    part.rename(given.out)
 
 
 if __name__ == "__main__":

@@ -27,18 +27,19 @@ unlearn_and_score() { # NAME BASE OPERATOR [options of unlearn]
 
 score() { # BASE NAME
     local given=()
-    if [ -f "$out/$1.jsonl" ]; then
-        given=(--conditions "$out/$1.jsonl")
+    if [ -f "$out/queries.jsonl" ]; then
+        given=(--conditions "$out/queries.jsonl")
     fi
-    if [ ! -d "$out/scores/$2" ]; then
+    if [ ! -f "$out/scores/$2/run.json" ]; then
         guda-fast score "$out/queries" --base "$out/$1" --groups "$out/$2" "${given[@]}" --out "$out/scores/$2"
     fi
 }
 
-null_labels() { # LABEL: all queries have it under the base with classes
-    for query in "$out"/queries/*.png; do
-        printf '{"file_name": "%s", "label": %d}\n' "$(basename "$query")" "$1"
-    done > "$out/base-classes.jsonl"
+unlearn_within() { # OPERATOR BASE DATA [options of unlearn]: 100 steps, or fewer where the retain loss rises by 4 %
+    guda-fast unlearn "$1" --base "$out/$2" --data "$3" --groups all --out "$out/within/$1" --steps 100 \
+        --set retain_bound=1.04 --set bound_every=5 "${@:4}" "${devices[@]}"
+    python -m benchmarks.unlearning_losses "benchmarks/results/unlearning_$(basename "$out").csv" \
+        --base "$out/$2" --data "$3" "$1=$out/within/$1"
 }
 
 evaluate() { # NAME METHODS...: against all oracles that are there
