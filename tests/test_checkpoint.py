@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,18 @@ def test_another_runs_checkpoint_says_in_what_it_differs(tmp_path: Path) -> None
         read_checkpoint(path, {**SETTINGS, "lr": 0.5})
     with pytest.raises(CheckpointError, match="seed: wanted 1"):
         read_checkpoint(path, {**SETTINGS, "seed": 1})
+
+
+def test_what_differs_in_a_long_identity_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    about = {"a": "x" * 200, "options": {"weight": 0.3}}
+    write_checkpoint(path, Checkpoint({}, {}), {"identity": json.dumps(about)})
+    about["options"] = {"weight": 0.5}
+    message = r"found another \(identity.options.weight: wanted 0.5 \(float\), found 0.3 \(float\)\)"
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(path, {"identity": json.dumps(about)})
+    with pytest.raises(CheckpointError, match=r"identity.a: 'x+.*, and another"):  # the same as far as it is shown
+        read_checkpoint(path, {"identity": json.dumps({"a": "x" * 200 + "y", "options": {"weight": 0.3}})})
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from guda_fast.counterfactuals import TrainConfig, train
+from guda_fast.counterfactuals import DenoisingObjective, TrainConfig, train
+from guda_fast.counterfactuals.bound import _SEED, RetainBound
 from guda_fast.counterfactuals.siss import SISSObjective
 from guda_fast.datasets import GroupedImages
 from operator_cases import BATCH, Affine, assert_loss_is, extreme_schedule, labelled_data, ordinary_loss, slopes
+from tiny import Scaled
 
 
 def test_loss_and_gradient_equal_a_plain_loop() -> None:
@@ -99,3 +101,17 @@ def test_a_group_that_is_everything() -> None:
     data = GroupedImages(torch.zeros(3, 1, 2, 2), {"all": torch.arange(3)})
     with pytest.raises(ValueError, match="group 'all' holds all 3 images"):
         SISSObjective(data, "all", extreme_schedule())
+
+
+def test_a_retain_bound_sees_none_of_the_group() -> None:
+    """The draws of training are all images', those of the bound the others' alone."""
+    images = torch.zeros(8, 1, 2, 2)
+    images[:4] = 100.0
+    data = GroupedImages(images, {"loud": torch.arange(4)})
+    objective = SISSObjective(data, "loud", extreme_schedule(), batch_size=64)
+    seen = RetainBound(objective, None, Scaled(1.0), 0)._rows
+    own = DenoisingObjective(data, extreme_schedule(), data.rest("loud"), batch_size=64)
+    generator = torch.Generator().manual_seed(_SEED)
+    for rows in seen:
+        expected = own.rows(generator)
+        assert torch.equal(rows.x_t, expected.x_t) and torch.equal(rows.target, expected.target)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -209,3 +211,20 @@ def test_settings_are_what_json_gives_back() -> None:
     assert json.loads(json.dumps(settings)) == settings
     with pytest.raises(TypeError, match="trained must be a choice or a tuple of patterns"):
         TrainConfig(3, trained=["a*"])  # type: ignore[arg-type]
+
+
+def test_numbers_of_other_libraries_are_settings_too(tmp_path: Path) -> None:
+    numbers = {"steps": np.int64(2), "lr": np.float32(0.5), "ema_decay": np.float64(0.9), "seed": np.int32(3)}
+    config = TrainConfig(**numbers, lora_rank=np.int64(2), lora_alpha=np.float32(2))  # type: ignore[arg-type]
+    assert json.loads(json.dumps(config.settings())) == config.settings()
+    assert config == TrainConfig(2, lr=0.5, ema_decay=0.9, seed=3, lora_rank=2, lora_alpha=2.0)
+    assert train(tiny_unet(), Noise(), TrainConfig(np.int64(1)), work=tmp_path).steps == 1  # type: ignore[arg-type]
+
+
+def test_seconds_are_those_of_whole_steps() -> None:
+    """Also of the optimiser and the looks at the bound, which here take most of the time."""
+    times: list[float] = []
+    config = TrainConfig(10, retain_bound=100.0, bound_every=1)
+    found = train(tiny_unet(), Noise(), config, progress=lambda *_: times.append(time.perf_counter()))
+    # All but the first step lie between the first and the last call.
+    assert found.seconds > 0.95 * (times[-1] - times[0])

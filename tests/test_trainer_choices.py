@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from conditional import conditions_of, prompted, prompted_xl
 from guda_fast.counterfactuals import Batch, FromBase, Rows, TrainConfig, TrainResult, train
@@ -176,11 +178,13 @@ def test_float16_leaves_out_steps_whose_scaled_gradient_overflows() -> None:
     base = tiny_unet()
     rows = Noise().draw(torch.Generator()).retain
     objective = Fixed(Rows(rows.x_t, rows.t, None, torch.full_like(rows.x_t, 300.0)))
-    first = train(base, objective, TrainConfig(1, precision="fp16"))
-    assert changed(first.model, base) == [] and log_of(first)[0]["grad_norm"] is None
+    with pytest.raises(FloatingPointError, match="some step must be applied, got 1 whose gradients overflowed"):
+        train(base, objective, TrainConfig(1, precision="fp16"))
     result = train(base, objective, TrainConfig(20, precision="fp16"))
     norms = [line["grad_norm"] for line in log_of(result)]
     assert norms[0] is None and norms[-1] is not None
+    skipped = norms.index(next(norm for norm in norms if norm is not None))
+    assert [line["skipped"] for line in log_of(result)][:: len(norms) - 1] == [1, norms.count(None)] and skipped > 0
     exact = train(base, objective, TrainConfig(1))
     found = next(norm for norm in norms if norm is not None)
     assert found == pytest.approx(log_of(exact)[0]["grad_norm"], rel=2**-7)  # unscaled; the weights are still those
@@ -199,3 +203,40 @@ def test_dropout_is_the_runs_own() -> None:
     assert found.losses != train(Scaled(1.0), Noise(), TrainConfig(3)).losses
     # Batches that are all the same are dropped from differently in every step.
     assert len(set(train(Dropping(1.0), Fixed(constant(5.0, 64)), TrainConfig(3, lr=1e-30)).losses)) == 3
+
+
+class NotANumber(Scaled):
+    """Its gradient is never finite, though its prediction is."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return (sample + (0 * self.factor).sqrt(),)
+
+
+def test_gradients_that_never_become_finite_end_their_run_and_no_other(tmp_path: Path) -> None:
+    """Halved in every step, the scale would be 0 after 166 of them, and its inverse infinite."""
+    with pytest.raises(FloatingPointError, match="the gradient must become finite in float16 as its scale falls"):
+        train(NotANumber(1.0), Fixed(constant(1.5)), TrainConfig(300, precision="fp16"))
+    with pytest.raises(FloatingPointError, match="some step must be applied, got 4 whose"):
+        train(NotANumber(1.0), Fixed(constant(1.5)), TrainConfig(4, precision="fp16"), work=tmp_path)
+    with pytest.raises(FloatingPointError, match="some step must be applied"):  # also from what the checkpoint says
+        train(NotANumber(1.0), Fixed(constant(1.5)), TrainConfig(4, precision="fp16"), work=tmp_path)
+
+
+def test_a_gradient_that_overflows_when_it_is_unscaled_is_never_applied(tmp_path: Path) -> None:
+    """The scaler looks before it unscales: a finite 1e38 over a scale of 2^-2 is infinite."""
+    x_t = torch.full((1, 1, 2, 2), 1e25)
+    rows = Rows(x_t, torch.zeros(1, dtype=torch.int64), None, x_t * (1 - 2**-23))
+    with pytest.raises(FloatingPointError, match="gradient"):
+        train(Scaled(1.0), Fixed(rows), TrainConfig(60, precision="fp16"), work=tmp_path, checkpoint_every=1)
+    kept = safetensors.torch.load_file(tmp_path / "checkpoint.safetensors")
+    assert kept["student.factor"].item() == 1.0
+
+
+def test_weights_that_are_not_finite_are_never_a_checkpoint(tmp_path: Path) -> None:
+    """A decay by 1e10 * 1e10 takes 1e20 over the largest float; loss and gradient are finite."""
+    x_t = torch.full((1, 1, 2, 2), 1e-20)
+    rows = Rows(x_t, torch.zeros(1, dtype=torch.int64), None, torch.zeros_like(x_t))
+    config = TrainConfig(3, lr=1e10, weight_decay=1e10)
+    with pytest.raises(FloatingPointError, match="the weights must stay finite, got NaN or infinity after step 1"):
+        train(Scaled(1e20), Fixed(rows), config, work=tmp_path, checkpoint_every=1)
+    assert not (tmp_path / "checkpoint.safetensors").exists()

@@ -100,6 +100,29 @@ def test_a_half_written_line_of_the_log_is_written_again(tmp_path: Path) -> None
     assert (tmp_path / "log.jsonl").read_text().splitlines() == list(found.log)
 
 
+@pytest.mark.parametrize("damage", ['{"step": null}', '{"step": 3}x', "[]"])
+def test_a_damaged_line_is_named_before_the_checkpoint_and_made_again_after_it(damage: str, tmp_path: Path) -> None:
+    interrupted(5, tiny_unet(), TrainConfig(6), tmp_path, checkpoint_every=4)
+    path = tmp_path / "log.jsonl"
+    lines = path.read_text().splitlines()
+    bad = [*lines[:2], damage, *lines[3:]]
+    path.write_text("\n".join(bad) + "\n")
+    with pytest.raises(CheckpointError, match=r"log.jsonl, line 3: must be the JSON object of a step"):
+        train(tiny_unet(), Noise(forget_share=0.1), TrainConfig(6), work=tmp_path)
+    assert path.read_text().splitlines() == bad
+    path.write_text("\n".join([*lines[:4], damage, "\0\0"]) + "\n")
+    found = train(tiny_unet(), Noise(forget_share=0.1), TrainConfig(6), work=tmp_path)
+    assert [line["step"] for line in without_seconds(found)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    left, other = tmp_path / ".0123456789abcdef.tmp", tmp_path / ".notes.tmp"
+    for path in (left, other):
+        path.write_bytes(b"half of a checkpoint")
+    train(tiny_unet(), Noise(), TrainConfig(1), work=tmp_path)
+    assert not left.exists() and other.exists()
+
+
 def test_runs_together_that_were_killed_between_two_checkpoints_go_on_from_their_own(tmp_path: Path) -> None:
     """The one has the checkpoint of step 4, the other still that of step 2."""
     runs = {"a": Noise(), "b": Noise(retain=0.2)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from conditional import CLASSES, MODELS, classed, conditions_of
 from guda_fast.counterfactuals import (
+    Batch,
     DenoisingObjective,
     FromBase,
     Objective,
@@ -172,3 +174,87 @@ def test_bad_arguments() -> None:
         train(Scaled(1.0), Noise(), {"steps": 1})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="checkpoint_every must be at least 1"):
         train(Scaled(1.0), Noise(), TrainConfig(1), checkpoint_every=0)
+
+
+@dataclass
+class Broken(Noise):
+    """Its second draw fails."""
+
+    drawn: int = 0
+
+    def draw(self, generator: torch.Generator) -> Batch:
+        self.drawn += 1
+        if self.drawn == 2:
+            raise ValueError("no second draw")
+        return super().draw(generator)
+
+
+@pytest.mark.parametrize("config", [TrainConfig(3), TrainConfig(2, accumulate=2)])
+def test_a_run_whose_draw_fails_ends_and_no_other(config: TrainConfig) -> None:
+    found = train_together(tiny_unet(), {"bad": Broken(), "good": Noise()}, config)
+    assert isinstance(found["bad"], ValueError) and "no second draw" in str(found["bad"])
+    assert_equal(found["good"], train(tiny_unet(), Noise(), config))
+
+
+def test_a_run_that_cannot_begin_or_write_its_log_ends_and_no_other(tmp_path: Path) -> None:
+    config = TrainConfig(2, saliency=0.5)
+    work = {name: tmp_path / name for name in ("nothing", "full", "good")}
+
+    def fill(name: str, done: int, _: int) -> None:
+        if (name, done) == ("full", 1):
+            (work["full"] / "log.jsonl").unlink()
+            (work["full"] / "log.jsonl").mkdir()
+
+    runs = {"nothing": Noise(forget=None), "full": Noise(), "good": Noise()}
+    found = train_together(tiny_unet(), runs, config, work=work, progress=fill)
+    assert isinstance(found["nothing"], ValueError) and "saliency" in str(found["nothing"])
+    assert isinstance(found["full"], OSError)
+    assert_equal(found["good"], train(tiny_unet(), Noise(), config))
+
+
+class Noisy(Scaled):
+    """Draws from the global generator while it is trained, as DiT does to leave out labels."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        noise = torch.rand(sample.shape) if self.training else torch.zeros(sample.shape)
+        return (self.factor * (sample + noise),)
+
+
+@pytest.mark.parametrize("config", [TrainConfig(3), TrainConfig(3, saliency=1.0)])
+def test_what_a_model_draws_is_the_runs_own(config: TrainConfig) -> None:
+    torch.manual_seed(0)
+    expected = train(Noisy(1.0), Noise(), config)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    found = train_together(Noisy(1.0), {"first": Noise(), "second": Noise()}, config)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name in found:
+        assert_equal(found[name], expected)
+    assert expected.losses != train(Scaled(1.0), Noise(), config).losses
+
+
+def test_lora_runs_of_a_base_with_dropout_do_not_depend_on_their_company() -> None:
+    base = tiny_unet()
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    assert any(isinstance(module, torch.nn.Dropout) for module in base.modules())
+    config = TrainConfig(3, lora_rank=2)
+    alone = train(base, Noise(), config)
+    found = train_together(base, {"a": Noise(retain=0.2), "b": Noise()}, config)["b"]
+    assert found.losses == pytest.approx(alone.losses, rel=1e-5)  # float32 in another order
+    # A base in eval mode: as if nothing could be left out.
+    assert_equal(alone, train(tiny_unet(), Noise(), config))
+
+
+def test_terms_of_the_bases_predictions_are_combined_in_full_precision() -> None:
+    """8.5 and -7.5 times predictions of bfloat16, which that type would round to 8 bits once more."""
+    x_t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    rows = Rows(x_t, torch.arange(4), None, FromBase((8.5, -7.5), (None, None)))
+    frozen = FrozenBase(tiny_unet(), torch.device("cpu"), shared=False)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        (found,) = frozen.targets({"a": [rows]}, {"a": None})["a"]
+        prediction = frozen.model(torch.cat([x_t, x_t]), timestep=torch.arange(4).repeat(2), return_dict=False)[0]
+    assert prediction.dtype == torch.bfloat16 and found.dtype == torch.float32
+    one, other = prediction.float().split(4)
+    assert torch.equal(found, 8.5 * one + -7.5 * other)

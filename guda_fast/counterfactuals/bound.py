@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from guda_fast.counterfactuals.frozen import inputs_of
-from guda_fast.counterfactuals.objective import Objective, Rows
+from guda_fast.counterfactuals.objective import HasBoundRows, Objective, Rows
 from guda_fast.counterfactuals.students import forward
 from guda_fast.diffusion.conditions import Conditions
 
@@ -20,6 +20,8 @@ _SEED = 0x5EED_0F_B0
 class RetainBound:
     """The mean squared error of a model on a few batches of retain rows that are drawn once.
 
+    They are an objective's ``bound_rows`` where it has them, and else the retain rows of its batches.
+
     conditions: of the objective, on the device of the models. seed: of the run.
 
     Raises ValueError where retain rows have no target but what the base predicts: its loss on them is 0.
@@ -27,7 +29,7 @@ class RetainBound:
 
     def __init__(self, objective: Objective, conditions: Conditions | None, base: nn.Module, seed: int) -> None:
         generator = torch.Generator().manual_seed((seed + _SEED) % 2**63)
-        self._rows = [objective.draw(generator).retain for _ in range(_DRAWS)]
+        self._rows = [_rows(objective, generator) for _ in range(_DRAWS)]
         self._targets = [_own_target(rows) for rows in self._rows]
         self._conditions = conditions
         self._base = self.loss(base)
@@ -47,6 +49,12 @@ class RetainBound:
         """The loss of a model as a multiple of the base's."""
         loss = self.loss(model)
         return loss / self._base if self._base > 0 else math.inf if loss > 0 else 1.0
+
+
+def _rows(objective: Objective, generator: torch.Generator) -> Rows:
+    if isinstance(objective, HasBoundRows):
+        return objective.bound_rows(generator)
+    return objective.draw(generator).retain
 
 
 def _own_target(rows: Rows) -> Tensor:

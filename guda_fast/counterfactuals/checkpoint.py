@@ -65,12 +65,41 @@ def read_checkpoint(path: Path, settings: Mapping[str, Any]) -> Checkpoint | Non
         ) from error
     if not whole:
         raise CheckpointError(f"{path}: must hold what was written, found other values; remove it to begin anew")
-    if differing := [name for name in {**settings, **found} if settings.get(name) != found.get(name)]:
-        what = "; ".join(
-            f"{name}: wanted {describe(settings.get(name))}, found {describe(found.get(name))}" for name in differing
-        )
+    if found != settings:
+        what = _differences(settings, found)
         raise CheckpointError(f"{path}: must be of a run with the same settings, found another ({what})")
     return Checkpoint(tensors, values)
+
+
+def _differences(settings: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """The settings that differ; of an identity that is a JSON object, its entries."""
+    wanted, others = _flat(settings), _flat(found)
+    texts = []
+    for name in {**wanted, **others}:
+        if wanted.get(name) != others.get(name):
+            one, other = describe(wanted.get(name)), describe(others.get(name))
+            # What is described shortly may differ in what was left out.
+            texts.append(f"{name}: wanted {one}, found {other}" if one != other else f"{name}: {one}, and another")
+    return "; ".join(texts)
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(inner := _parsed(value), Mapping):
+            found |= {f"{name}.{key}": each for key, each in _flat(inner).items()}
+        else:
+            found[name] = value
+    return found
+
+
+def _parsed(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

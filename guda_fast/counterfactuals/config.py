@@ -62,9 +62,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("warmup_steps", 0), ("accumulate", 1), ("bound_every", 1), ("seed", 0)):
-            check_int(_WHERE, name, getattr(self, name), least)
-        check_real(_WHERE, "lr", self.lr, _SMALLEST)
-        check_real(_WHERE, "weight_decay", self.weight_decay, 0)
+            self._keep(name, check_int(_WHERE, name, getattr(self, name), least))
+        self._keep("lr", check_real(_WHERE, "lr", self.lr, _SMALLEST))
+        self._keep("weight_decay", check_real(_WHERE, "weight_decay", self.weight_decay, 0))
         check_choice(_WHERE, "decay", self.decay, ("constant", "cosine"))
         check_choice(_WHERE, "precision", self.precision, PRECISIONS)
         bounds = {
@@ -76,8 +76,12 @@ class TrainConfig:
         }
         for name, (low, high) in bounds.items():
             if getattr(self, name) is not None:
-                check_real(_WHERE, name, getattr(self, name), low, high)
+                self._keep(name, check_real(_WHERE, name, getattr(self, name), low, high))
         self._check_trained()
+
+    def _keep(self, name: str, value: float) -> None:
+        """Other libraries' numbers pass the checks, but are no JSON values."""
+        object.__setattr__(self, name, value)
 
     def _check_trained(self) -> None:
         if isinstance(self.trained, str):
@@ -85,7 +89,7 @@ class TrainConfig:
         elif not isinstance(self.trained, tuple) or not all(isinstance(pattern, str) for pattern in self.trained):
             raise TypeError(f"{_WHERE}: trained must be a choice or a tuple of patterns, got {describe(self.trained)}")
         if self.lora_rank is not None:
-            check_int(_WHERE, "lora_rank", self.lora_rank, 1)
+            self._keep("lora_rank", check_int(_WHERE, "lora_rank", self.lora_rank, 1))
             if self.saliency is not None:
                 raise ValueError(f"{_WHERE}: saliency must be None with lora_rank, got {self.saliency}")
         elif self.lora_alpha is not None:

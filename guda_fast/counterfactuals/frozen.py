@@ -70,7 +70,8 @@ def inputs_of(rows: Rows, conditions: Conditions | None, row: Tensor | None = No
 def _target(rows: Rows, predictions: Iterator[Tensor]) -> Tensor:
     if isinstance(rows.target, Tensor):
         return rows.target
-    first, *rest = (scale * next(predictions) for scale in rows.target.scales)
+    # Terms may be large and nearly cancel: they are not combined in what autocast made of them.
+    first, *rest = (scale * next(predictions).to(rows.x_t.dtype) for scale in rows.target.scales)
     for term in rest:
         first = first + term
-    return first.to(rows.x_t.dtype)
+    return first

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from guda_fast._files import atomic_write
-from guda_fast._json import read_lines
+from guda_fast.errors import CheckpointError
 
 LOG = "log.jsonl"
 
@@ -21,18 +21,33 @@ class Log:
         self._path = path
 
     def cut(self, step: int) -> None:
-        """Go back to how the log was after ``step`` steps: what came later, or was cut off, is removed."""
+        """Go back to how the log was after ``step`` steps: what came later, or was cut off, is removed.
+
+        Raises CheckpointError naming a damaged line before that, and leaves the file as it is.
+        """
         if self._path is None or not self._path.exists():
             return
-        self.lines.clear()
-        try:
-            for _, record in read_lines(self._path):
-                if int(record.get("step", step + 1)) <= step:
-                    self.lines.append(json.dumps(record))
-        except ValueError:  # the line at which the process was killed: all others are whole
-            pass
+        kept: list[str] = []
+        lines = [line for line in self._path.read_bytes().split(b"\n") if line.strip()]
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                at = record["step"]
+                later = int(at) > step
+            except (ValueError, TypeError, KeyError, OverflowError) as error:
+                # What is after the checkpoint's step, or was being written when the process was killed, is made again.
+                if len(kept) == step or number == len(lines):
+                    break
+                raise CheckpointError(
+                    f"{self._path}, line {number}: must be the JSON object of a step, found {line[:80]!r} "
+                    f"({type(error).__name__}); remove the line to go on without it"
+                ) from error
+            if later:
+                break
+            kept.append(json.dumps(record))
+        self.lines[:] = kept
         with atomic_write(self._path, "w") as file:
-            file.write("".join(f"{line}\n" for line in self.lines))
+            file.write("".join(f"{line}\n" for line in kept))
 
     def add(self, record: Mapping[str, float | None]) -> None:
         """Add a step; what is not finite, as the norm of a gradient that overflowed, becomes null."""

@@ -9,12 +9,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from guda_fast.counterfactuals.config import TrainConfig
 from guda_fast.counterfactuals.frozen import FrozenBase, inputs_of
 from guda_fast.counterfactuals.objective import Batch, Rows
-from guda_fast.counterfactuals.run import Run
+from guda_fast.counterfactuals.run import FAILURES, Run
 from guda_fast.counterfactuals.saliency import largest
 from guda_fast.counterfactuals.students import concatenated
 
@@ -33,36 +32,45 @@ class Loop:
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
         self.base = FrozenBase(model, device, shared=device.type != "cpu")
         self._config, self._device = config, device
-        self._drops = any(isinstance(each, _DropoutNd) and each.p > 0 for each in model.modules())
 
-    def step(self, cohorts: Sequence[Sequence[Run]]) -> dict[str, FloatingPointError]:
+    def step(self, cohorts: Sequence[Sequence[Run]]) -> dict[str, Exception]:
         """An optimiser step of every run.
 
-        cohorts: runs that share their students, and so a forward. Returns the runs that diverged, which must stop.
+        cohorts: runs that share their students, and so a forward. Returns what ended runs, which must stop: a
+            FloatingPointError of those that diverged, or what was raised by a run's own objective, log or bound.
         """
         begin = time.perf_counter()
         losses: dict[str, list[tuple[float, float, float]]] = {run.name: [] for runs in cohorts for run in runs}
-        diverged: dict[str, FloatingPointError] = {}
+        ended: dict[str, Exception] = {}
         for micro in range(self._config.accumulate):
-            going = [[run for run in runs if run.name not in diverged] for runs in cohorts]
-            for runs, batches in self._batches([runs for runs in going if runs]):
-                errors = self._errors(runs, batches, micro)
+            for runs, batches in self._batches(cohorts, ended):
+                with self._seeded(runs[0].step * self._config.accumulate + micro):
+                    errors = self._errors(runs, batches, self._autocast())
                 for run in runs:
                     losses[run.name].append(_values(run, errors[run.name]))
                     if not math.isfinite(total := losses[run.name][-1][0]):
                         what = f"the loss must stay finite, got {total} at step {run.step}"
-                        diverged[run.name] = FloatingPointError(what)
-                self._backward([(run, errors[run.name]) for run in runs if run.name not in diverged])
-        seconds = time.perf_counter() - begin
-        for run in (run for runs in cohorts for run in runs if run.name not in diverged):
+                        ended[run.name] = FloatingPointError(what)
+                self._backward([(run, errors[run.name]) for run in runs if run.name not in ended])
+        records = {}
+        for run in _without(cohorts, ended):
             try:
-                run.update(_mean(losses[run.name]), seconds)
-            except FloatingPointError as error:
-                diverged[run.name] = error
-        return diverged
+                records[run.name] = run.update(_mean(losses[run.name]))
+            except FAILURES as error:
+                ended[run.name] = error
+        seconds = time.perf_counter() - begin
+        for run in _without(cohorts, ended):
+            try:
+                run.keep(records[run.name], seconds)
+            except FAILURES as error:
+                ended[run.name] = error
+        return ended
 
     def saliency(self, run: Run, share: float) -> list[Tensor]:
-        """What ``Run.masked`` takes: the elements that matter most to the forget loss at the base."""
+        """What ``Run.masked`` takes: the elements that matter most to the forget loss at the base.
+
+        Without autocast: no loss scale keeps these gradients from vanishing in float16.
+        """
         generator = torch.Generator().manual_seed(self._config.seed)
         sums: list[Tensor | None] = [None] * len(run.parameters)
         for draw in range(_SALIENCY_DRAWS):
@@ -70,8 +78,11 @@ class Loop:
             if batch.forget is None:
                 continue
             rows = [batch.retain, batch.forget]
-            targets = self._targets({run.name: rows}, [run])
-            _, error = self._errors([run], {run.name: list(zip(rows, targets[run.name], strict=True))}, draw)[run.name]
+            targets = self.base.targets({run.name: rows}, {run.name: run.conditions})[run.name]
+            with self._seeded(draw):
+                _, error = self._errors([run], {run.name: list(zip(rows, targets, strict=True))}, nullcontext())[
+                    run.name
+                ]
             found = torch.autograd.grad(error, run.parameters, allow_unused=True) if error is not None else ()
             sums = [
                 new if old is None else old if new is None else old + new for old, new in zip(sums, found, strict=True)
@@ -81,26 +92,32 @@ class Loop:
         return largest(sums, run.parameters, share)
 
     def _batches(
-        self, cohorts: Sequence[Sequence[Run]]
+        self, cohorts: Sequence[Sequence[Run]], ended: dict[str, Exception]
     ) -> Iterator[tuple[Sequence[Run], dict[str, list[tuple[Rows, Tensor]]]]]:
-        """The rows and targets of a fresh batch of every run, cohort by cohort."""
-        runs = [run for cohort in cohorts for run in cohort]
-        rows = {run.name: _parts(run.draw()) for run in runs}
-        targets = self._targets(rows, runs)
-        for cohort in cohorts:
-            yield cohort, {run.name: list(zip(rows[run.name], targets[run.name], strict=True)) for run in cohort}
-
-    def _targets(self, rows: Mapping[str, Sequence[Rows]], runs: Sequence[Run]) -> dict[str, list[Tensor]]:
+        """The rows and targets of a fresh batch of every run that goes on, cohort by cohort."""
+        rows: dict[str, list[Rows]] = {}
+        for run in _without(cohorts, ended):
+            try:
+                rows[run.name] = _parts(run.draw())
+            except FAILURES as error:
+                ended[run.name] = error
+        conditions = {run.name: run.conditions for run in _without(cohorts, ended)}
         with self._autocast():
-            return self.base.targets(rows, {run.name: run.conditions for run in runs})
+            targets = self.base.targets(rows, conditions)
+        for cohort in cohorts:
+            if runs := [run for run in cohort if run.name in rows]:
+                yield runs, {run.name: list(zip(rows[run.name], targets[run.name], strict=True)) for run in runs}
 
     def _errors(
-        self, runs: Sequence[Run], batches: Mapping[str, Sequence[tuple[Rows, Tensor]]], micro: int
+        self,
+        runs: Sequence[Run],
+        batches: Mapping[str, Sequence[tuple[Rows, Tensor]]],
+        precision: AbstractContextManager[object],
     ) -> dict[str, Errors]:
         inputs = {
             run.name: concatenated([inputs_of(rows, run.conditions) for rows, _ in batches[run.name]]) for run in runs
         }
-        with self._autocast(), self._dropout(runs[0].step * self._config.accumulate + micro):
+        with precision:
             predictions = runs[0].students.predict(inputs)
         found: dict[str, Errors] = {}
         for name, parts in batches.items():
@@ -136,14 +153,23 @@ class Loop:
         return nullcontext() if dtype is None else torch.autocast(self._device.type, dtype)
 
     @contextmanager
-    def _dropout(self, number: int) -> Iterator[None]:
-        """Dropout as it is in this forward of a run, whatever happened before and whoever else is trained."""
-        if not self._drops:
+    def _seeded(self, number: int) -> Iterator[None]:
+        """Dropout and what else a model draws are those of this forward of a run, whatever happened before.
+
+        The caller's random numbers stay as they are, and no other device is touched.
+        """
+        cuda = self._device if self._device.type == "cuda" else None
+        seed = (self._config.seed + 0x9E3779B97F4A7C15 * (number + 1)) % 2**63
+        with torch.random.fork_rng([] if cuda is None else [cuda]):
+            torch.default_generator.manual_seed(seed)
+            if cuda is not None:
+                with torch.cuda.device(cuda):
+                    torch.cuda.manual_seed(seed)
             yield
-            return
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            torch.manual_seed((self._config.seed + 0x9E3779B97F4A7C15 * (number + 1)) % 2**63)
-            yield
+
+
+def _without(cohorts: Sequence[Sequence[Run]], ended: Mapping[str, Exception]) -> list[Run]:
+    return [run for runs in cohorts for run in runs if run.name not in ended]
 
 
 def _parts(batch: Batch) -> list[Rows]:

@@ -33,7 +33,8 @@ class LoraStudents:
 
     ``down`` begins Kaiming-uniform, with the same values in every run, and ``up`` at zero: all runs begin as the base.
     A run's factors are parameters of its own, so that its optimiser and gradient norm are those that it has alone; its
-    predictions and gradients do not depend on the other runs of a step, beyond rounding.
+    predictions and gradients do not depend on the other runs of a step, beyond rounding. The base is in eval mode: what
+    it draws in training, such as dropout, is off.
 
     base: any diffusers denoiser; only read, and shared where it is on the device: it must not change meanwhile
     runs: their names [distinct]. rank: r [>= 1]. alpha: [> 0].
@@ -175,7 +176,8 @@ def _with_factored(
     """A network of the base's own parameters, frozen, in which the chosen layers take factors."""
     # What deepcopy finds in its memo it takes as it is: one base in memory, whose owner's gradients stay as they are.
     shared = {id(each): nn.Parameter(each.detach().to(device), requires_grad=False) for each in base.parameters()}
-    network = copy.deepcopy(base, dict(shared)).to(device).train()
+    # In eval mode: one dropout mask over the rows of all runs would make a run depend on its company.
+    network = copy.deepcopy(base, dict(shared)).to(device).eval()
     layers: dict[nn.Module, FactoredLayer] = {}
     for name in chosen:
         layer: Any = network.get_submodule(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -81,6 +81,14 @@ class Objective(Protocol):
 
     def draw(self, generator: torch.Generator) -> Batch:
         """The rows of a fresh step; all its randomness is the generator's."""
+
+
+@runtime_checkable
+class HasBoundRows(Protocol):
+    """An objective whose retain rows also show the group, so that a retain bound needs others."""
+
+    def bound_rows(self, generator: torch.Generator) -> Rows:
+        """Rows of images that remain; all their randomness is the generator's."""
 
 
 class DenoisingObjective:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +21,14 @@ from guda_fast.counterfactuals.objective import Batch, Objective
 from guda_fast.counterfactuals.result import TrainResult
 from guda_fast.counterfactuals.students import Students
 from guda_fast.diffusion.conditions import Conditions
+from guda_fast.errors import MENDABLE
 
 _Read = TypeVar("_Read")
+FAILURES = (*MENDABLE, TypeError, RuntimeError)
+"""What ends one run and not those it goes with; anything else is a mistake in the code, and ends all."""
+# A loss scale begins at 2^16. A gradient that overflows float16 at this one too is of no use at any.
+_SMALLEST_SCALE = 2.0**-16
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 
 
 class Run:
@@ -44,6 +51,7 @@ class Run:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.step, self.seconds = 0, 0.0
+        self._skipped = 0
         self.stopped: str | None = None
         self.losses: list[tuple[float, float, float]] = []
         self.forget_gradients = ForgetGradients()
@@ -82,37 +90,59 @@ class Run:
         forget = None if batch.forget is None else batch.forget.to(self._device, self._dtype)
         return Batch(batch.retain.to(self._device, self._dtype), forget)
 
-    def update(self, losses: tuple[float, float, float], seconds: float) -> None:
-        """An optimiser step with the gradients that the parameters hold.
+    def update(self, losses: tuple[float, float, float]) -> dict[str, float | None]:
+        """An optimiser step with the gradients that the parameters hold; what ``keep`` takes.
 
         losses: the step's objective, and its retain and forget errors [NaN without forget rows].
-        Raises FloatingPointError where the gradient is not finite and not scaled.
+        Raises FloatingPointError where the gradient is not finite, but for a scaled one that overflowed.
         """
         lr = self.config.lr * self.config.lr_factor(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         norms = self.forget_gradients.join(self.parameters, self._masks, self.objective.forget_share)
         unscaled = 1.0 / self.scaler.get_scale()
+        overflowed = self._overflowed()
         self.scaler.unscale_(self._optimizer)
-        norm = self._clip()
+        norm = self._clip(overflowed)
         self.scaler.step(self._optimizer)
         self.scaler.update()
+        self._skipped += overflowed
         self._optimizer.zero_grad(set_to_none=True)
         self._keep_unmasked()
         self._update_average()
         self.step += 1
-        self.seconds += seconds
         self.losses.append(losses)
         loss, retain, forget = losses
         record = {"step": self.step, "loss": loss, "retain": retain, "forget": forget, "lr": lr, "grad_norm": norm}
-        self._log.add({**record, **norms.record(unscaled), "seconds": round(self.seconds, 3)})
+        skipped = {"skipped": self._skipped} if self.scaler.is_enabled() else {}
         self._look()
+        return {**record, **norms.record(unscaled), **skipped}
 
-    def _clip(self) -> float:
+    def keep(self, record: Mapping[str, float | None], seconds: float) -> None:
+        """Put a step into the log. seconds: it took."""
+        self.seconds += seconds
+        self._log.add({**record, "seconds": round(self.seconds, 3)})
+
+    def _overflowed(self) -> bool:
+        """Whether the scaler leaves this step out; FloatingPointError where a smaller scale would not help."""
+        if not self.scaler.is_enabled():
+            return False
+        finite = [each.grad.isfinite().all() for each in self.parameters if each.grad is not None]
+        if not finite or bool(torch.stack(finite).all()):
+            return False
+        if (scale := self.scaler.get_scale()) <= _SMALLEST_SCALE:
+            raise FloatingPointError(
+                f"the gradient must become finite in float16 as its scale falls, got NaN or infinity "
+                f"at step {self.step} with a scale of {scale:g}; {self._skipped} steps were left out"
+            )
+        return True
+
+    def _clip(self, overflowed: bool) -> float:
         gradients = [each.grad for each in self.parameters if each.grad is not None]
         total = get_total_norm(gradients)
         norm = total.item()
-        if not math.isfinite(norm) and not self.scaler.is_enabled():
+        # Unscaling may overflow what was finite, which the scaler does not see.
+        if not math.isfinite(norm) and not overflowed:
             raise FloatingPointError(f"the gradient's norm must stay finite, got {norm} at step {self.step}")
         if self.config.grad_clip is not None:
             clip_grads_with_norm_(self.parameters, self.config.grad_clip, total)
@@ -145,6 +175,8 @@ class Run:
 
     def result(self, device: torch.device) -> TrainResult:
         """What the run gives in the end, on a device; FloatingPointError where its weights are not finite."""
+        if self._skipped == self.step:
+            raise FloatingPointError(f"some step must be applied, got {self.step} whose gradients overflowed float16")
         early = self.stopped is not None
         values = self._within if early else self._given()
         model = self._model(values)
@@ -164,9 +196,11 @@ class Run:
         )
 
     def checkpoint(self) -> None:
-        """Write what ``resume`` reads."""
+        """Write what ``resume`` reads; FloatingPointError, and the one before stays, where weights are not finite."""
         if self._work is None:
             return
+        if not all(bool(torch.isfinite(value).all()) for value in (*self.parameters, *(self._average or ()))):
+            raise FloatingPointError(f"the weights must stay finite, got NaN or infinity after step {self.step}")
         lists = {"average": self._average or [], "mask": self._masks, "within": self._within}
         tensors = {f"{name}.{i}": value for name, values in lists.items() for i, value in enumerate(values)}
         tensors |= {f"student.{name}": value for name, value in self.students.state(self.name).items()}
@@ -177,6 +211,7 @@ class Run:
         values = {
             "step": self.step,
             "seconds": self.seconds,
+            "skipped": self._skipped,
             "stopped": self.stopped,
             "within_step": self._within_step,
             "scaler": self.scaler.state_dict(),
@@ -191,15 +226,24 @@ class Run:
         if self._work is None:
             return False
         self._work.mkdir(parents=True, exist_ok=True)
+        self._sweep()
         found = read_checkpoint(self._work / CHECKPOINT, self._settings)
         if found is not None:
             self._restore(found)
         self._log.cut(self.step)
         return found is not None
 
+    def _sweep(self) -> None:
+        """Remove what a process that was killed while it wrote left behind: the folder is this run's own."""
+        assert self._work is not None
+        for path in self._work.iterdir():
+            if _TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
     def _restore(self, found: Checkpoint) -> None:
         tensors, values = found.tensors, found.values
         self.step, self.seconds, self.stopped = values["step"], values["seconds"], values["stopped"]
+        self._skipped = values["skipped"]
         self.losses = [(loss, retain, forget) for loss, retain, forget in tensors["losses"].tolist()]
         if self.config.saliency is not None:
             self.masked(self._listed(tensors, "mask"))

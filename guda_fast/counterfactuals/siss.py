@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from guda_fast._validate import check_real
-from guda_fast.counterfactuals.objective import Batch, DenoisingObjective
+from guda_fast.counterfactuals.objective import Batch, DenoisingObjective, Rows
 from guda_fast.datasets.grouped import GroupedImages
 from guda_fast.diffusion.schedule import Schedule
 
@@ -43,8 +43,13 @@ class SISSObjective:
         self.forget_share: float | None = check_real(where, "share", share, 0, 1)
         self.conditions = data.conditions
         self.everything = DenoisingObjective(data, schedule, batch_size=batch_size)
+        self._rest = DenoisingObjective(data, schedule, data.rest(group), batch_size=batch_size)
         self.forget = DenoisingObjective(data, schedule, data.group(group), batch_size=batch_size)
 
     def draw(self, generator: torch.Generator) -> Batch:
         """The rows of a fresh step; those to retain are drawn from all data."""
         return Batch(self.everything.rows(generator), self.forget.rows(generator))
+
+    def bound_rows(self, generator: torch.Generator) -> Rows:
+        """What a retain bound looks at: images that remain, not the group's among all."""
+        return self._rest.rows(generator)

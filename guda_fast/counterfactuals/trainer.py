@@ -16,10 +16,9 @@ from guda_fast.counterfactuals.config import TrainConfig
 from guda_fast.counterfactuals.loop import Loop
 from guda_fast.counterfactuals.objective import Objective
 from guda_fast.counterfactuals.result import TrainResult
-from guda_fast.counterfactuals.run import Run
+from guda_fast.counterfactuals.run import FAILURES, Run
 from guda_fast.counterfactuals.selection import selected
 from guda_fast.counterfactuals.students import DenseStudents, Students
-from guda_fast.errors import CheckpointError
 
 __all__ = ["ProgressCallback", "TogetherCallback", "TrainConfig", "TrainResult", "train", "train_together"]
 
@@ -52,7 +51,8 @@ def train(
 
     Returns the trained copy and its losses. Raises TypeError or ValueError naming the argument; FloatingPointError,
     naming the step, when the loss or the gradient is no longer finite, or the weights at the end are not (the last
-    checkpoint is kept); CheckpointError where the folder's checkpoint is damaged or another run's.
+    checkpoint is kept), or when all gradients overflowed float16; CheckpointError where the folder's checkpoint or log
+    is damaged, or another run's.
 
     >>> result = train(unet, DenoisingObjective(data, schedule), TrainConfig(1000))  # doctest: +SKIP
     >>> result.save("runs/full")  # doctest: +SKIP
@@ -91,8 +91,8 @@ def train_together(
     forward of the frozen base, and for LoRA the forward of the students: there a run's company changes the rounding of
     its steps. On the CPU runs without LoRA share no forward, and are what they are alone bit for bit.
 
-    Returns for each run what it gives, or the FloatingPointError or CheckpointError that ended it, while the others go
-    on. Raises TypeError or ValueError naming the argument.
+    Returns for each run what it gives, or what ended it while the others go on: FloatingPointError, CheckpointError,
+    or what its own objective, bound, log or checkpoint raised. Raises TypeError or ValueError naming the argument.
     """
     _check(objectives, config, work, identity)
     check_int("train", "checkpoint_every", checkpoint_every, 1)
@@ -115,8 +115,8 @@ def train_together(
     for run in (run for runs in cohorts for run in runs):
         try:
             _begin(run, loop)
-        except CheckpointError as error:
-            results[run.name] = error
+        except FAILURES as error:
+            results[run.name] = _named(run, error)
     _go(cohorts, loop, checkpoint_every, progress, results, parameter.device)
     return {name: results[name] for name in objectives}
 
@@ -160,13 +160,16 @@ def _go(
         going = [kept for runs in cohorts if (kept := [run for run in runs if run.name not in results])]
         if not going:
             return
-        diverged = loop.step(going)
+        ended = loop.step(going)
         for run in (run for runs in going for run in runs):
-            if run.name in diverged:
-                results[run.name] = _named(run, diverged[run.name])
+            if run.name not in ended and (run.done or run.step % checkpoint_every == 0):
+                try:
+                    run.checkpoint()
+                except FAILURES as error:
+                    ended[run.name] = error
+            if run.name in ended:
+                results[run.name] = _named(run, ended[run.name])
                 continue
-            if run.done or run.step % checkpoint_every == 0:
-                run.checkpoint()
             if progress is not None:
                 progress(run.name, run.step, run.config.steps)
 
@@ -178,7 +181,9 @@ def _result(run: Run, device: torch.device) -> TrainResult | Exception:
         return _named(run, error)
 
 
-def _named(run: Run, error: FloatingPointError) -> FloatingPointError:
+def _named(run: Run, error: Exception) -> Exception:
+    if not isinstance(error, FloatingPointError):
+        return error
     return FloatingPointError(f"train: {'' if run.name == _ALONE else f'{run.name}: '}{error}")
 
 
@@ -210,7 +215,7 @@ def _students(
 
 def _settings(base: str, config: TrainConfig, identity: str) -> dict[str, Any]:
     """What a checkpoint must have been made with."""
-    return {"format": 1, "base": base, "identity": identity, **config.settings()}
+    return {"format": 2, "base": base, "identity": identity, **config.settings()}
 
 
 def _first_parameter(model: nn.Module) -> nn.Parameter:

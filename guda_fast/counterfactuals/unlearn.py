@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,5 +52,12 @@ def unlearn(
     recipe = UnlearningRecipe(operator, preset, steps, batch_size, options)
     series = Unlearning(data, base, recipe, (group,), scheduler=scheduler)
     return train(
-        series.start, series.objective(group), series.config(group), device=device, work=work, progress=progress
+        series.start,
+        series.objective(group),
+        series.config(group),
+        device=device,
+        work=work,
+        # Group, operator and data are in no TrainConfig: without them a folder would give another run's weights.
+        identity=json.dumps(series.settings(group), sort_keys=True),
+        progress=progress,
     )
