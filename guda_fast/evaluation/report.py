@@ -27,9 +27,9 @@ REPORT, AGREEMENT, GAPS, CONFUSION, SIGNIFICANCE, FIGURE = (
 ORACLE = "the oracle"
 """The row of the LDS of the mean of the oracle's seeds."""
 _GAPS = (
-    f"Each method's value less that of {FLOOR}, query by query. All queries share the models of a training seed, and "
-    "the intervals know of queries only: one without 0 does not show that the method agrees less, or more, than another "
-    "seed of the oracle would."
+    f"Each method's value less that of {FLOOR}, query by query. All queries share the models of a training seed, "
+    "and the intervals know of queries only: one without 0 does not show that the method agrees less, or more, "
+    "than another seed of the oracle would."
 )
 
 
