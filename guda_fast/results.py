@@ -117,7 +117,7 @@ class Attribution:
         correction for the number of groups or queries is made.
 
         controls: names of control groups among these groups, or scores of control groups for the same queries, joined
-            by query id, under the same base and protocol [M >= 1]
+            by query id, under the same base and protocol [M >= 1, none by the name or with the delta of a group]
 
         Returns p for every group that is no control, in the order of ``groups`` [(N, K), float64, above 0 to 1].
         Raises TypeError or ValueError where a name, a query or a score is missing, or base or protocol is another one.
@@ -130,12 +130,16 @@ class Attribution:
     def with_p_values(self, controls: Sequence[str] | Attribution) -> Attribution:
         """The same result with the ``p_values`` of its cells, and without the groups that are controls."""
         groups, p_value = self._against(controls)
-        names = tuple(controls.groups if isinstance(controls, Attribution) else controls)
-        return replace(self.select(groups), p_value=p_value).with_provenance(controls=list(names))
+        null = controls if isinstance(controls, Attribution) else self.select(controls)
+        entries: dict[str, Any] = {"controls": list(null.groups)}
+        if "delta_hashes" in null.provenance:
+            entries["control_hashes"] = null.provenance["delta_hashes"]
+        return replace(self.select(groups), p_value=p_value).with_provenance(**entries)
 
     def _against(self, controls: Sequence[str] | Attribution) -> tuple[tuple[str, ...], FloatArray]:
         """The groups that are no controls, and their p-values."""
         if isinstance(controls, Attribution):
+            _check_apart(self, controls)
             groups, null = self.groups, controls.scores[_rows(self, controls)]
         else:
             names = tuple(controls) if not isinstance(controls, str) else controls
@@ -191,11 +195,12 @@ class Attribution:
     def from_csv(cls, path: str | os.PathLike[str]) -> Attribution:
         """Read a wide CSV, as ``to_csv`` writes, or of another method: query, query_id, then a score a group.
 
-        What it does not say is unknown: standard errors and the base's errors are NaN, and ``draws`` is 0.
+        Empty lines are skipped. What it does not say is unknown: standard errors and the base's errors are NaN, and
+        ``draws`` is 0.
 
         Raises OSError as `open`, or ValueError naming the file and the line where it holds something else.
         """
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
             try:
                 rows = list(csv.reader(file, strict=True))
             except (csv.Error, UnicodeDecodeError) as error:
@@ -204,18 +209,20 @@ class Attribution:
         groups = tuple(header[2:])
         if header[:2] != ["query", "query_id"] or not groups or len(set(groups)) < len(groups):
             raise ValueError(f"{path}: must begin with query, query_id and distinct groups, found {describe(header)}")
-        ids, scores = [], []
+        names, ids, scores = [], [], []
         for number, line in enumerate(lines, 2):
+            if not line:
+                continue
             try:
+                names.append(line[0])
                 ids.append(check_int("query", "id", int(line[1]), 0, 2**64 - 1))
                 scores.append([float(score) for _, score in zip(groups, line[2:], strict=True)])
             except (IndexError, ValueError) as error:
                 wanted = f"a query, its id and {len(groups)} scores"
                 raise ValueError(f"{path}, row {number}: must have {wanted}, found {describe(line)}") from error
-        matrix = np.array(scores, dtype=np.float64).reshape(len(lines), len(groups))
+        matrix = np.array(scores, dtype=np.float64).reshape(len(ids), len(groups))
         unknown = np.full(matrix.shape, np.nan)
-        names = tuple(line[0] for line in lines)
-        return cls(names, tuple(ids), groups, matrix, unknown, "none", 0, np.full(len(lines), np.nan))
+        return cls(tuple(names), tuple(ids), groups, matrix, unknown, "none", 0, np.full(len(ids), np.nan))
 
     def to_arrow(self) -> pa.Table:
         """One row a cell, queries outermost, with the provenance as JSON under the metadata key ``guda_fast``."""
@@ -298,6 +305,21 @@ def _columns(where: str, name: str, groups: Sequence[str], known: tuple[str, ...
         if group not in known:
             raise ValueError(f"{where}: {name} must be among {', '.join(known)}, got {describe(group)}")
     return [known.index(group) for group in groups]
+
+
+def _check_apart(result: Attribution, controls: Attribution) -> None:
+    """Raise ValueError where a control is one of the result's groups: a group is no null for itself or the others."""
+    hashes = result.provenance.get("delta_hashes") or {}
+    group_of = {number: group for group, number in hashes.items() if number is not None}
+    found = controls.provenance.get("delta_hashes") or {}
+    for name in controls.groups:
+        if name in result.groups:
+            raise ValueError(f"p_values: controls must not be groups of the scores, got {describe(name)}")
+        if found.get(name) in group_of:
+            same = describe(group_of[found[name]])
+            raise ValueError(
+                f"p_values: controls must not be groups of the scores, got {describe(name)}, which is {same}"
+            )
 
 
 def _rows(result: Attribution, controls: Attribution) -> list[int]:

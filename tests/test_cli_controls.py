@@ -123,3 +123,14 @@ def test_names_of_controls() -> None:
     assert control_names(["cat", "dog"], None) == []
     assert control_names(["control-0"], None) == []
     assert control_names(["cat", "dog"], "d*") == ["dog"]
+
+
+def test_controls_among_the_groups_are_controls_beside_a_folder_too(files: Path, run, tmp_path: Path) -> None:
+    for name, place in (("control-0", "both"), ("cat", "both"), ("control-1", "null"), ("control-2", "null")):
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / name).symlink_to(files / "all" / name)
+    assert run(*arguments(files, tmp_path / "both", "--controls", "null"))[0] == 0
+    found, null = (gf.Attribution.from_parquet(f"scores/{name}.parquet") for name in ("scores", "controls"))
+    assert found.groups == ("cat",) and set(null.groups) == set(CONTROLS)
+    record = json.loads(Path("scores/run.json").read_text())
+    assert set(record["control_hashes"]) == set(CONTROLS) and None not in record["control_hashes"].values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def files(tmp_path: Path) -> Path:
 
     def write(name: str, scores: np.ndarray, groups: list[str]) -> gf.Attribution:
         made = result_of(scores, groups, **plain)
+        made = made.with_provenance(delta_hashes={group: f"{name} {group}" for group in groups})
         made.to_parquet(tmp_path / name)
         return made
 
@@ -75,7 +77,7 @@ def test_methods_beside_two_oracles(files: Path, run) -> None:
         "significance.csv",
     }
     record = json.loads(Path("evaluation/run.json").read_text())
-    assert set(record["inputs"]) == {"GUDA", "esd", "oracle 0", "oracle 1"}
+    assert set(record["inputs"]["methods"]) == {"GUDA", "esd"} and len(record["inputs"]["oracles"]) == 2
 
 
 def test_scores_of_another_method_come_as_csv(files: Path, run) -> None:
@@ -177,6 +179,11 @@ def test_controls_by_path_and_by_pattern(files: Path, run) -> None:
         (["esd", "--oracle", "logo", "--reference", "x"], "reference must be one of 'leave-one-out', 'mean'"),
         (["esd", "--oracle", "logo", "--data", "digits"], "--data: must come with --queries"),
         (["esd", "--oracle", "logo", "--data", "mnist", "--queries", "queries"], "mnist"),
+        (["esd", "--oracle", "logo", "--similarity", "max"], "--similarity: must come with --data and --queries"),
+        (["esd", "--oracle", "logo", "--level", "7"], "--level: must come with scores that have p-values"),
+        (["esd", "--oracle", "logo", "--controls", "y=guda"], "must be NAME=PATH with NAME one of esd, got 'y=guda'"),
+        (["pixel cosine, mean=esd", "--oracle", "logo"], "names must be other than those of rows of pixel similarity"),
+        (["the oracle=esd", "--oracle", "logo"], "a method must have a name other than 'the oracle'"),
         (["guda", "--oracle", "logo", "--level", "2"], "level must be between 0 and 1, got 2.0"),
     ],
 )
@@ -192,3 +199,74 @@ def test_what_is_wrong_is_said_in_one_line(files: Path, run, arguments: list[str
     assert code == 1 and "Traceback" not in printed and "guda-fast: error:" in printed
     assert message in " ".join(printed.split()), printed
     assert not Path("evaluation").exists()
+
+
+def test_an_oracle_given_twice_is_no_second_seed(files: Path, run) -> None:
+    logo = gf.Attribution.from_parquet("logo")
+    replace(logo, scores=logo.scores + 1).to_parquet("other draws")
+    logo.with_provenance(delta_hashes={}).to_parquet("copy")
+    said = "must be of another training seed than --oracle logo, found"
+    for again, found in (
+        ("logo/scores.parquet", "equal scores"),
+        ("copy", "equal scores"),
+        ("other draws", "the same model of 0"),
+    ):
+        code, printed = run("evaluate", "esd", "--oracle", "logo", "--oracle", again)
+        assert code == 1 and f"--oracle {again}: {said} {found}" in " ".join(printed.split()), printed
+
+
+def test_groups_are_refused_as_the_null(files: Path, run) -> None:
+    guda = gf.Attribution.from_parquet("guda")
+    guda.select(DIGITS).to_parquet("groups")
+    code, printed = run("evaluate", "groups", "--oracle", "logo", "--controls", "groups", "--resamples", 10)
+    assert code == 1 and "--controls: groups: groups: p_values: controls must not be groups" in printed
+    code, printed = run("evaluate", "groups", "--oracle", "logo", "--controls", "guda", "--resamples", 10)
+    assert code == 0 and "| groups |       19 |" in printed, printed
+
+
+def test_the_pattern_of_controls_holds_for_the_oracle_too(files: Path, run) -> None:
+    for name in ("guda", "logo"):
+        found = gf.Attribution.from_parquet(name)
+        digits = found.select(DIGITS)
+        names = ("set 0", "set 1")
+        scores = np.hstack([digits.scores, digits.scores[:, :2]])
+        result_of(scores, [*DIGITS, *names], queries=digits.queries, query_ids=digits.query_ids).to_parquet(f"{name} r")
+    code, printed = run("evaluate", "guda r", "--oracle", "logo r", "--controls", "set *", "--resamples", 10)
+    assert code == 0 and "12 queries x 10 groups" in printed, printed
+
+
+def test_inputs_are_recorded_with_their_hashes(files: Path, run) -> None:
+    guda = gf.Attribution.from_parquet("guda")
+    guda.select(DIGITS).to_parquet("groups")
+    guda.select([group for group in guda.groups if group not in DIGITS]).to_parquet("null")
+    lacks = {f"model {k}": [str(k), str(k + 1)] for k in range(9)}
+    Path("subsets.json").write_text(json.dumps(lacks))
+    replace(guda.select(DIGITS[:9]), groups=tuple(lacks)).to_parquet("subset-scores")
+    arguments = ["evaluate", "oracle 0=groups", "--oracle", "logo", "--controls", "null", "--data", "digits"]
+    arguments += ["--queries", "queries", "--subset-scores", "subset-scores", "--subsets", "subsets.json"]
+    code, printed = run(*arguments, "--resamples", 10)
+    assert code == 0, printed
+    inputs = json.loads(Path("evaluation/run.json").read_text())["inputs"]
+    assert set(inputs["methods"]) == set(inputs["controls"]) == {"oracle 0"}
+    assert (
+        inputs["subsets"]["path"] == "subsets.json"
+        and inputs["subset_scores"]["path"] == "subset-scores/scores.parquet"
+    )
+    assert len(inputs["data"]) == len(inputs["queries"]) == 32
+    Path("queries/03.png").rename("queries/3.png")
+    assert run(*arguments, "--resamples", 10, "--force")[0] == 0
+    again = json.loads(Path("evaluation/run.json").read_text())["inputs"]
+    assert again["queries"] != inputs["queries"] and again["data"] == inputs["data"]
+
+
+def test_what_would_fail_at_the_end_is_said_at_the_start(files: Path, run, monkeypatch) -> None:
+    def work(path: Path) -> gf.Attribution:
+        raise AssertionError("scores were read")
+
+    monkeypatch.setattr("guda_fast.cli.evaluate.read_scores", work)
+    Path("file").write_text("")
+    code, printed = run("evaluate", "esd", "--oracle", "logo", "--out", "file")
+    assert code == 1 and "--out: must be a folder that can be written" in printed
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, printed = run("evaluate", "esd", "--oracle", "logo")
+    assert code == 1 and "guda-fast evaluate needs matplotlib" in printed

@@ -146,3 +146,32 @@ def test_a_report_of_one_oracle_says_that_its_noise_is_not_known(tmp_path: Path)
     found.write(tmp_path)
     assert "own noise is not known" in (tmp_path / REPORT).read_text()
     assert not (tmp_path / SIGNIFICANCE).exists() and not (tmp_path / GAPS).exists()
+
+
+def test_a_query_that_was_scored_twice_counts_once() -> None:
+    names = [f"control-{index}" for index in range(19)]
+    scores = np.vstack([np.hstack([[9.0, 0.0], np.ones(19)]), np.hstack([[0.0, 0.5], np.ones(19)])])
+    once = result_of(scores, ["cat", "dog", *names])
+    twice = result_of(scores[[0, 0, 1]], ["cat", "dog", *names], query_ids=(10, 10, 11))
+    tables = [significance({"GUDA": found.with_p_values(names)}) for found in (once, twice)]
+    assert tables[0] == tables[1] and tables[0].rows[0].top == 0.5
+
+
+def test_the_report_says_what_its_intervals_do_not_hold() -> None:
+    rng = np.random.default_rng(0)
+    seeds = [rng.normal(size=(5, 3)) for _ in range(3)]
+    methods = {"GUDA": rng.normal(size=(5, 3))}
+    text = evaluate(["a", "b", "c"], methods, seeds, options=Options(resamples=10, confidence=0.9)).to_markdown()
+    gaps = " ".join(text.split("## Less the oracle's own agreement")[1].split("## Top groups")[0].split())
+    assert "one without 0 does not show that the method agrees less, or more" in gaps
+    assert "each of 3 seeds with the mean of the other 2, as do all rows" in gaps and "90 %" in gaps
+    assert "The tables below are of the mean of the oracle's 3 seeds, the first table of the seeds less one" in gaps
+    options = Options(reference="mean", resamples=10)
+    text = " ".join(evaluate(["a", "b", "c"], methods, seeds, options=options).to_markdown().split())
+    gaps = text.split("## Less the oracle's own agreement")[1].split("## Top groups")[0]
+    assert "as do all rows" in gaps and "The tables below are of the mean of the oracle's 3 seeds. " in gaps
+
+
+def test_the_row_of_the_oracle_is_no_name_of_a_method() -> None:
+    with pytest.raises(ValueError, match="evaluate: a method must have a name other than 'the oracle'"):
+        evaluate(["a", "b"], {"the oracle": np.eye(2)}, [np.eye(2)])

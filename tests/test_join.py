@@ -80,3 +80,34 @@ def test_rows_of_further_results(logo) -> None:
 def test_nothing_to_join() -> None:
     with pytest.raises(ValueError, match="join: results must hold at least one result"):
         join({})
+
+
+def of_conditional_base(result):
+    """The same images with a condition: other ids, in another order."""
+    ids = tuple(number + 100 for number in result.query_ids)
+    made = replace(result, query_ids=ids).with_provenance(conditions={"names": ["class_labels"]})
+    return rows(made, [3, 1, 0, 2])
+
+
+def test_a_conditional_base_is_joined_by_the_names_of_the_queries(logo) -> None:
+    logo = logo.with_provenance(conditions={"names": []})
+    other = of_conditional_base(logo)
+    found = join({"LOGO": logo, "GUDA": other})
+    np.testing.assert_array_equal(found.scores["GUDA"], logo.scores)
+    (note,) = found.notes
+    assert note.startswith("GUDA has no query id in common with LOGO") and "joined by the names" in note
+    assert found.rows_of("subsets", other) == [2, 1, 3, 0]
+
+
+def test_names_join_only_what_shares_no_id_and_has_distinct_equal_names(logo) -> None:
+    other = of_conditional_base(logo)
+    partial = replace(other, query_ids=(logo.query_ids[3], *other.query_ids[1:]))
+    twice = replace(other, queries=("3.png", "1.png", "0.png", "0.png"))
+    unlike = replace(other, queries=("3.png", "1.png", "0.png", "new.png"))
+    for wrong in (partial, twice, unlike):
+        with pytest.raises(ValueError, match="^GUDA: must have the queries of LOGO, found"):
+            join({"LOGO": logo, "GUDA": wrong})
+    # Without conditions an id is that of the image, so these images are others.
+    plain = [found.with_provenance(conditions={"names": []}) for found in (logo, other)]
+    with pytest.raises(ValueError, match="^GUDA: must have the queries of LOGO, found"):
+        join(dict(zip(("LOGO", "GUDA"), plain, strict=True)))

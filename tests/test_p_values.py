@@ -150,3 +150,21 @@ def test_sorted_files_are_refused(scored: Attribution, tmp_path: Path, column: s
     pq.write_table(pq.read_table(file).sort_by(column), file)
     with pytest.raises(ValueError, match=r"s\.parquet: must be scores written by guda_fast, found its rows in another"):
         Attribution.from_parquet(file)
+
+
+def test_groups_are_no_controls_of_themselves(scored: Attribution) -> None:
+    groups = scored.select(["cat", "dog", "owl"])
+    with pytest.raises(ValueError, match="p_values: controls must not be groups of the scores, got 'dog'$"):
+        groups.p_values(scored.select(["control-0", "dog"]))
+    renamed = replace(scored.select(["dog"]), groups=("x",)).with_provenance(delta_hashes={"x": "#dog"})
+    with pytest.raises(
+        ValueError, match="p_values: controls must not be groups of the scores, got 'x', which is 'dog'"
+    ):
+        groups.p_values(renamed)
+
+
+def test_the_controls_models_are_recorded(scored: Attribution) -> None:
+    groups = scored.select(["cat", "dog", "owl"])
+    for found in (scored.with_p_values(CONTROLS), groups.with_p_values(scored.select(CONTROLS))):
+        assert found.provenance["control_hashes"] == {name: f"#{name}" for name in CONTROLS}
+        assert set(found.provenance["delta_hashes"]) == {"cat", "dog", "owl"}

@@ -96,7 +96,7 @@ def test_a_wide_csv_is_read_back(result, tmp_path) -> None:
         (b"query,query_id,a\nx,1,1.0,2.0\n", r"row 2: must have a query, its id and 1 scores"),
         (b"query,query_id,a\nx,1,one\n", r"row 2: must have"),
         (b"query,query_id,a\nx,-1,1\n", r"row 2: must have"),
-        (b"query,query_id,a\n\n", r"row 2: must have"),
+        (b"query,query_id,a\n\nx,1\n", r"row 3: must have"),
         (b"PAR1\xff\xfe", r"wide\.csv: must be CSV in UTF-8, found a damaged file"),
         (b'query,query_id,"a\n', r"wide\.csv: must be CSV in UTF-8, found a damaged file"),
     ],
@@ -163,3 +163,12 @@ def test_a_process_that_ends_after_reading_ends_well(result, tmp_path) -> None:
     for _ in range(3):
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert found.returncode == 0, found.stderr
+
+
+def test_a_byte_order_mark_and_empty_lines_are_read_over(result, tmp_path) -> None:
+    result.to_csv(tmp_path / "wide.csv")
+    plain = (tmp_path / "wide.csv").read_bytes()
+    (tmp_path / "wide.csv").write_bytes(b"\xef\xbb\xbf" + plain + b"\r\n\r\n")
+    found = Attribution.from_csv(tmp_path / "wide.csv")
+    assert (found.queries, found.query_ids, found.groups) == (result.queries, result.query_ids, result.groups)
+    np.testing.assert_array_equal(found.scores, result.scores)

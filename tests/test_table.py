@@ -111,7 +111,9 @@ def test_markdown_of_agreement() -> None:
     assert cells[2] == [r"a\|b", "top-1", "1.000", "1.000", "1.000", "2", "0"]
     assert cells[3] == [r"a\|b", "Spearman", "1.000", "1.000", "1.000", "1", "1"]
     assert [row[:2] for row in cells[4:]] == [["random", "top-1"], ["random", "Spearman"]]
-    assert lines[-1].startswith("Mean over queries; low and high end the 95 % bootstrap interval. For random")
+    assert lines[-1].startswith(
+        "Mean over queries; low and high end the 95 % bootstrap interval over queries. What other"
+    )
 
 
 def test_markdown_has_no_negative_zero() -> None:
@@ -318,3 +320,10 @@ def test_wide_markdown(seeds: list[Array]) -> None:
 def test_markdown_says_what_was_compared_with_what(seeds: list[Array], reference: str, said: str) -> None:
     table = agreement(seeds[0], seeds[0], others=seeds[1:], reference=reference, metrics=["MRR"], resamples=10)
     assert f"oracle, other seed {said}" in table.to_markdown()
+
+
+def test_gaps_are_formed_with_leave_one_out_references_always(seeds: list[Array], pair: tuple[Array, Array]) -> None:
+    options: dict[str, Any] = {"others": seeds[1:], "metrics": ["MRR", "Spearman"], "resamples": 100}
+    mean = agreement({"GUDA": pair[0]}, seeds[0], reference="mean", **options)
+    held_out = agreement({"GUDA": pair[0]}, seeds[0], **options)
+    assert mean.rows != held_out.rows and mean.gaps == held_out.gaps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,13 +15,15 @@ import typer
 from guda_fast._files import atomic_write
 from guda_fast._json import read_object
 from guda_fast._version import __version__
-from guda_fast.cli.controls import attach_controls, read_scores, without_controls
+from guda_fast.cli.controls import attach_controls, given_controls, read_scores, without_controls
+from guda_fast.cli.score import check_out
 from guda_fast.results import RECORD, SCORES, WIDE, Attribution
 
 if TYPE_CHECKING:
     from guda_fast.evaluation import Joined, Subsets
     from guda_fast.evaluation.metrics import FloatArray
 
+_PIXEL_ROWS = {how: f"pixel cosine, {how}" for how in ("mean", "max")}
 _Scores = Annotated[
     list[str],
     typer.Argument(
@@ -72,7 +75,7 @@ def evaluate(
     confidence: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
     resamples: Annotated[int, typer.Option(help="Bootstrap samples.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap and the random rankings.")] = 0,
-    level: Annotated[float, typer.Option(help="That p-values are held against.")] = 0.05,
+    level: Annotated[float | None, typer.Option(help="That p-values are held against. [0.05]")] = None,
     out: Annotated[Path, typer.Option(help="Gets evaluation.md, tables in CSV, agreement.png and run.json.")] = Path(
         "evaluation"
     ),
@@ -80,35 +83,55 @@ def evaluate(
 ) -> None:
     """Compare scores with an oracle's: agreement by every metric, beside the oracle's own noise and chance."""
     from guda_fast.evaluation import Options, evaluate, join, significance
+    from guda_fast.evaluation._matplotlib import load_matplotlib
 
+    check_out(out)
+    load_matplotlib("guda-fast evaluate")
     if (out / RECORD).exists() and not force:
         raise FileExistsError(f"--out: {out} must not hold a report already, found {out / RECORD}; pass --force")
     if (data is None) != (queries is None):
         raise ValueError("--data: must come with --queries, got one of them")
     if (subsets is None) != (subset_scores is None):
         raise ValueError("--subsets: must come with --subset-scores, got one of them")
+    if similarity and data is None:
+        raise ValueError("--similarity: must come with --data and --queries, got neither")
     paths = named_scores(scores)
-    methods = attach_controls({name: read_scores(path) for name, path in paths.items()}, controls)
-    oracles = {f"--oracle {path}": without_controls(read_scores(path)) for path in oracle}
+    null, pattern = given_controls(list(paths), controls)
+    methods = attach_controls({name: read_scores(path) for name, path in paths.items()}, null, pattern)
+    oracles = {f"--oracle {path}": without_controls(read_scores(path), pattern) for path in oracle}
     if len(oracles) < len(oracle):
         raise ValueError("--oracle: paths must differ, got one twice")
     joined = join({**oracles, **methods})
+    _check_seeds(oracles, joined)
     compared = {name: joined.scores[name] for name in methods}
+    hashes: dict[str, str] = {}
     if data is not None and queries is not None:
         like = next(iter(oracles.values()))
-        compared |= _pixel_rows(data, queries, joined, like, similarity or ["mean"])
+        rows, hashes = _pixel_rows(data, queries, joined, like, similarity or ["mean"])
+        compared |= rows
     with_p = {name: result for name, result in methods.items() if result.p_value is not None}
+    if level is not None and not with_p:
+        raise ValueError("--level: must come with scores that have p-values or controls, got none")
     report = evaluate(
         joined.groups,
         compared,
         [joined.scores[name] for name in oracles],
         options=Options(metric, gain, reference, confidence, resamples, seed),
         subsets=None if subsets is None or subset_scores is None else _subsets(subsets, subset_scores, joined),
-        significance=significance(with_p, level) if with_p else None,
+        significance=significance(with_p, 0.05 if level is None else level) if with_p else None,
         notes=joined.notes,
     )
     report.write(out)
-    _write_record(out, context.params, {**paths, **{f"oracle {index}": path for index, path in enumerate(oracle)}})
+    inputs = {
+        "methods": {name: _hashed(path) for name, path in paths.items()},
+        "oracles": [_hashed(path) for path in oracle],
+        "controls": {name: _hashed(path) for name, path in null.items()},
+        "subset_scores": None if subset_scores is None else _hashed(subset_scores),
+        "subsets": None if subsets is None else _hashed(subsets),
+        "data": hashes.get("data"),
+        "queries": hashes.get("queries"),
+    }
+    _write_record(out, context.params, inputs)
     typer.echo(report.to_markdown())
     typer.echo(f"{len(joined.queries)} queries x {len(joined.groups)} groups -> {out}")
 
@@ -116,7 +139,7 @@ def evaluate(
 def named_scores(entries: Sequence[str]) -> dict[str, Path]:
     """The results in NAME=PATH or PATH entries; a path gives its folder's or file's name.
 
-    Raises ValueError where two names are equal.
+    Raises ValueError where two names are equal, or one is that of a row of pixel similarity.
 
     >>> named_scores(["GUDA=runs/a", "runs/logo", "runs/esd/scores.parquet"])  # doctest: +ELLIPSIS
     {'GUDA': ...Path('runs/a'), 'logo': ...Path('runs/logo'), 'esd': ...Path('runs/esd/scores.parquet')}
@@ -130,19 +153,35 @@ def named_scores(entries: Sequence[str]) -> dict[str, Path]:
             name, path = place.name.removesuffix(".parquet").removesuffix(".csv"), entry
         if not (name and path):
             raise ValueError(f"SCORES: must be PATH or NAME=PATH, got {entry!r}")
+        if name in _PIXEL_ROWS.values():
+            raise ValueError(f"SCORES: names must be other than those of rows of pixel similarity, got {name!r}")
         if name in found:
             raise ValueError(f"SCORES: names must differ, got {name!r} twice; write NAME=PATH")
         found[name] = Path(path)
     return found
 
 
+def _check_seeds(oracles: Mapping[str, Attribution], joined: Joined) -> None:
+    """Raise ValueError where two oracles are of the same models, which agree with themselves and tell of no noise."""
+    for (one, first), (other, second) in combinations(oracles.items(), 2):
+        if np.array_equal(joined.scores[one], joined.scores[other]):
+            raise ValueError(f"{other}: must be of another training seed than {one}, found equal scores")
+        known, found = (result.provenance.get("delta_hashes") or {} for result in (first, second))
+        for group in joined.groups:
+            if known.get(group) is not None and known.get(group) == found.get(group):
+                raise ValueError(
+                    f"{other}: must be of another training seed than {one}, found the same model of {group}"
+                )
+
+
 def _pixel_rows(
     spec: str, folder: Path, joined: Joined, like: Attribution, reductions: Sequence[str]
-) -> dict[str, FloatArray]:
-    """Pixel similarity of the joined queries to the joined groups, by the name of the row."""
+) -> tuple[dict[str, FloatArray], dict[str, str]]:
+    """Pixel similarity of the joined queries to the joined groups, by the name of the row; hashes of what it read."""
     from guda_fast.baselines import pixel_similarity
     from guda_fast.datasets import open_dataset
     from guda_fast.datasets.grouped import GroupedImages
+    from guda_fast.datasets.manifest import manifest
     from guda_fast.datasets.queries import load_queries
 
     data = open_dataset(spec)
@@ -159,7 +198,9 @@ def _pixel_rows(
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ValueError(f"--queries: {folder} must hold the images that were scored, found none of {missing[0]}{more}")
     images = found.x0[[row_of[key] for key in wanted]]
-    return {f"pixel cosine, {how}": pixel_similarity(images, grouped, reduce=how) for how in reductions}
+    rows = {_PIXEL_ROWS.get(how, how): pixel_similarity(images, grouped, reduce=how) for how in reductions}
+    listed = json.dumps(sorted(zip(found.names, found.query_ids, strict=True)))
+    return rows, {"data": manifest(data)["hash"], "queries": _hash(listed.encode())}
 
 
 def _subsets(path: Path, scores: Path, joined: Joined) -> Subsets:
@@ -179,15 +220,20 @@ def _subsets(path: Path, scores: Path, joined: Joined) -> Subsets:
     return Subsets(result.scores[joined.rows_of(str(scores), result)], removed)
 
 
-def _write_record(out: Path, parameters: Mapping[str, Any], inputs: Mapping[str, Path]) -> None:
-    files = {name: path / SCORES if path.is_dir() else path for name, path in inputs.items()}
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _hashed(path: Path) -> dict[str, str]:
+    file = path / SCORES if path.is_dir() else path
+    return {"path": str(file), "blake2b": _hash(file.read_bytes())}
+
+
+def _write_record(out: Path, parameters: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
     record = {
         "command": "guda-fast evaluate",
         "config": {key: _plain(value) for key, value in parameters.items() if key not in ("out", "force")},
-        "inputs": {
-            name: {"path": str(file), "blake2b": hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()}
-            for name, file in files.items()
-        },
+        "inputs": inputs,
         "versions": {"guda_fast": __version__, "numpy": np.__version__},
     }
     with atomic_write(out / RECORD, "w") as file:

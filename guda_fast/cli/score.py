@@ -35,7 +35,8 @@ _Controls = Annotated[
     str | None,
     typer.Option(
         help="Control groups, whose scores give the others their p-values: a folder with one model each, as for "
-        f"--groups, or a pattern of names among the groups. [{CONTROL_NAMES}, if there are any]"
+        f"--groups, or a pattern of names among the groups. Groups called {CONTROL_NAMES} "
+        "are controls by default, and beside a folder too."
     ),
 ]
 _Conditions = Annotated[
@@ -93,12 +94,13 @@ def score(
     from guda_fast.cli.conditioned import conditioned
     from guda_fast.prepare import Execution
 
-    _check_out(out)
+    check_out(out)
     if (out / RECORD).exists() and not (force or dry_run):
         raise FileExistsError(f"--out: {out} must not hold a result already, found {out / RECORD}; pass --force")
     counterfactuals, named = _counterfactuals(group, groups, pack, controls)
     bank = DeltaBank.load(base, counterfactuals, scheduler=scheduler)
-    null = named or control_names(bank.groups, controls)
+    others = [name for name in bank.groups if name not in named]
+    null = [*named, *control_names(others, None if named else controls)]
     if bank.scheduler is None:
         raise ValueError(f"--scheduler: must be given, found no scheduler_config.json in or beside {base}")
     protocol = Protocol.from_scheduler(
@@ -133,7 +135,7 @@ def score(
 _NOT_REPLAYED = ("out", "dry_run", "force", "config", "top")
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
     """Say before the work, and not after it, that the result cannot be written."""
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):

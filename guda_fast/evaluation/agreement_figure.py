@@ -32,8 +32,7 @@ def agreement_figure(
 ) -> None:
     """Write a PNG with a panel a metric: each method's mean and interval, over bands for the floor and for random.
 
-    A method is as good as the oracle can tell where its interval meets the band of the oracle's other seeds. The file
-    is written whole or not at all.
+    Bars and bands hold the spread over queries, not over training seeds. The file is written whole or not at all.
 
     table: from ``agreement``
     path: the file to write [ends in .png]
@@ -88,7 +87,7 @@ def _draw(panel: Axes, metric: str, methods: Sequence[str], rows: Sequence[Agree
 
 def _note(table: AgreementTable) -> str:
     found = {row.method for row in table.rows}
-    parts = [f"bars: {100 * table.confidence:g} % bootstrap interval"]
+    parts = [f"bars: {100 * table.confidence:g} % bootstrap interval over queries"]
     parts += ["green: the oracle's other seeds"] if FLOOR in found else []
     parts += ["grey: random rankings"] if RANDOM in found else []
     return "; ".join(parts)

@@ -32,8 +32,12 @@ class Joined:
     notes: tuple[str, ...]
 
     def rows_of(self, name: str, result: Attribution) -> list[int]:
-        """The row in a result, of whatever groups, of each query; ValueError naming the result and what is missing."""
+        """The row in a result, of whatever groups, of each query, by name where no id is shared; ValueError naming the
+        result and what is missing."""
         found = _distinct(name, result)
+        named = _named_rows(result)
+        if not found.keys() & set(self.query_ids) and named is not None and set(self.queries) <= named.keys():
+            return [named[query] for query in self.queries]
         missing = [query for query, number in zip(self.queries, self.query_ids, strict=True) if number not in found]
         if missing:
             raise ValueError(f"{name}: must have every query that is compared, found {_some(missing)} missing")
@@ -42,6 +46,10 @@ class Joined:
 
 def join(results: Mapping[str, Attribution]) -> Joined:
     """Join results by query id and group name; a query that comes several times is one.
+
+    The id of a query holds its condition, so the same image has other ids under a conditional model and under an
+    unconditional one. A result that shares no id with the first is joined by the names of the queries where these are
+    distinct and the same, which ``notes`` say; not where both are known to have no condition, whose images differ.
 
     results: by the names that messages call them, at least one; the first is what the others must match
     Raises ValueError naming the result and what is missing where, or not finite, or there twice with different scores.
@@ -54,13 +62,22 @@ def join(results: Mapping[str, Attribution]) -> Joined:
     first, *_ = results
     reference = results[first]
     rows = {name: _distinct(name, result) for name, result in results.items()}
+    wanted = dict(zip(reference.query_ids, reference.queries, strict=True))
     scores, notes = {}, []
     for name, result in results.items():
-        names = dict(zip(result.query_ids, result.queries, strict=True))
         _check_same(name, "groups", {g: g for g in result.groups}, first, {g: g for g in reference.groups})
-        _check_same(name, "queries", names, first, dict(zip(reference.query_ids, reference.queries, strict=True)))
+        named = _same_names(result, reference)
+        if named is None:
+            _check_same(name, "queries", dict(zip(result.query_ids, result.queries, strict=True)), first, wanted)
+            picked = [rows[name][number] for number in rows[first]]
+        else:
+            picked = [named[reference.queries[row]] for row in rows[first].values()]
+            notes.append(
+                f"{name} has no query id in common with {first}, as when one of them is of a conditional model: joined "
+                "by the names of the queries, which do not tell whether the images are the same."
+            )
         columns = [result.groups.index(group) for group in reference.groups]
-        scores[name] = result.scores[np.ix_([rows[name][number] for number in rows[first]], columns)]
+        scores[name] = result.scores[np.ix_(picked, columns)]
         notes += _differences(name, result, first, reference)
     return Joined(
         queries=tuple(reference.queries[row] for row in rows[first].values()),
@@ -86,6 +103,28 @@ def _distinct(name: str, result: Attribution) -> dict[int, int]:
                 f"{result.queries[known]}, which has the same id"
             )
     return found
+
+
+def _same_names(result: Attribution, reference: Attribution) -> dict[str, int] | None:
+    """The row of each name, where two results share no query id but all names, and either may be conditional."""
+    conditions = [found.provenance.get("conditions") for found in (result, reference)]
+    if all(isinstance(found, Mapping) and not found.get("names") for found in conditions):
+        return None
+    rows, others = _named_rows(result), _named_rows(reference)
+    if (
+        rows is None
+        or others is None
+        or rows.keys() != others.keys()
+        or set(result.query_ids) & set(reference.query_ids)
+    ):
+        return None
+    return rows
+
+
+def _named_rows(result: Attribution) -> dict[str, int] | None:
+    """The row of each name; None where names are not distinct."""
+    rows = {name: row for row, name in enumerate(result.queries)}
+    return rows if len(rows) == len(result.queries) else None
 
 
 def _check_same(name: str, what: str, found: Mapping[Any, str], first: str, wanted: Mapping[Any, str]) -> None:

@@ -14,7 +14,7 @@ from guda_fast.evaluation.agreement_figure import agreement_figure
 from guda_fast.evaluation.confusion import Confusion, confusion, write_confusions
 from guda_fast.evaluation.metrics import FloatArray
 from guda_fast.evaluation.significance import SignificanceTable
-from guda_fast.evaluation.table import AgreementTable, agreement, linear_agreement
+from guda_fast.evaluation.table import FLOOR, REFERENCES, AgreementTable, agreement, linear_agreement
 
 REPORT, AGREEMENT, GAPS, CONFUSION, SIGNIFICANCE, FIGURE = (
     "evaluation.md",
@@ -23,6 +23,13 @@ REPORT, AGREEMENT, GAPS, CONFUSION, SIGNIFICANCE, FIGURE = (
     "confusion.csv",
     "significance.csv",
     "agreement.png",
+)
+ORACLE = "the oracle"
+"""The row of the LDS of the mean of the oracle's seeds."""
+_GAPS = (
+    f"Each method's value less that of {FLOOR}, query by query. All queries share the models of a training seed, "
+    "and the intervals know of queries only: one without 0 does not show that the method agrees less, or more, "
+    "than another seed of the oracle would."
 )
 
 
@@ -68,17 +75,26 @@ class Evaluation:
                 "The oracle's own noise is not known: it takes scores of the oracle with another training seed.\n"
             )
         else:
-            gaps = AgreementTable(self.agreement.gaps, self.agreement.confidence).to_wide_markdown()
-            parts.append(f"## Less the oracle's own agreement\n\n{gaps}")
+            gaps = replace(self.agreement, rows=self.agreement.gaps, reference=REFERENCES[0]).to_wide_markdown()
+            parts.append(f"## Less the oracle's own agreement\n\n{_GAPS}\n\n{gaps}")
         if self.linear is not None:
             parts.append(f"## Linear datamodelling score\n\n{self.linear.to_wide_markdown()}")
         if self.significance is not None:
             parts.append(f"## Against control groups\n\n{self.significance.to_markdown()}")
+        if self.agreement.seeds > 1:
+            parts.append(
+                f"The tables below are of the mean of the oracle's {self.agreement.seeds} seeds{self._unlike}.\n"
+            )
         for method, found in self.confusions.items():
             parts.append(f"## Top groups of {method}\n\n{found.to_markdown()}")
         if self.notes:
             parts.append("## Notes\n\n" + "".join(f"* {note}\n" for note in self.notes))
         return "\n".join(parts)
+
+    @property
+    def _unlike(self) -> str:
+        same = self.agreement.reference != REFERENCES[0]
+        return "" if same else ", the first table of the seeds less one, so that their shares need not be its top-1"
 
     def write(self, folder: Path) -> None:
         """Write REPORT, AGREEMENT, CONFUSION, FIGURE, and what there is of GAPS and SIGNIFICANCE into a folder."""
@@ -121,6 +137,8 @@ def evaluate(
     Raises: TypeError, ValueError for other arguments; ModuleNotFoundError without scipy
     """
     options = options or Options()
+    if ORACLE in methods:
+        raise ValueError(f"evaluate: a method must have a name other than {ORACLE!r}, got one of that name")
     names = _default_metrics(len(groups)) if options.metrics is None else options.metrics
     bootstrap: dict[str, Any] = {"seed": options.seed, "confidence": options.confidence, "resamples": options.resamples}
     first, *others = oracles
@@ -136,7 +154,7 @@ def evaluate(
     mean = np.mean(oracles, axis=0)
     linear = None
     if subsets is not None:
-        scored = {**methods, "the oracle": mean}
+        scored = {**methods, ORACLE: mean}
         linear = linear_agreement(scored, subsets.outcomes, subsets.removed, **bootstrap)
     confusions = {method: confusion(groups, matrix, mean) for method, matrix in methods.items()}
     return Evaluation(table, confusions, linear, significance, tuple(notes))

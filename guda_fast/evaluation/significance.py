@@ -59,7 +59,7 @@ def significance(results: Mapping[str, Attribution], level: float = 0.05) -> Sig
     """Hold the p-values of results against a level.
 
     With M controls p is a multiple of 1 / (1 + M), so under the null a share floor(level (1 + M)) / (1 + M) of scores
-    has p <= level: none where 1 / (1 + M) is above the level.
+    has p <= level: none where 1 / (1 + M) is above the level. A query that was scored several times counts once.
 
     results: by method, each with p-values (``Attribution.with_p_values``)
     level: of the test [above 0, below 1]
@@ -74,10 +74,12 @@ def significance(results: Mapping[str, Attribution], level: float = 0.05) -> Sig
         if result.p_value is None:
             raise ValueError(f"significance: results must have p-values, got none for {method!r}")
         count = len(result.provenance["controls"])
-        top = np.take_along_axis(result.p_value, result.scores.argmax(axis=1)[:, None], axis=1)
+        distinct = np.unique(np.array(result.query_ids, dtype=np.uint64), return_index=True)[1]
+        p_value, scores = result.p_value[distinct], result.scores[distinct]
+        top = np.take_along_axis(p_value, scores.argmax(axis=1)[:, None], axis=1)
         # p is a quotient of integers and so is compared as one: 0.05 (1 + 19) is 1 but for its rounding.
         allowed = np.floor(level * (1 + count) * (1 + 2.0**-50))
-        reached = [float((np.rint(p * (1 + count)) <= allowed).mean()) for p in (result.p_value, top)]
+        reached = [float((np.rint(p * (1 + count)) <= allowed).mean()) for p in (p_value, top)]
         rows.append(SignificanceRow(method, count, 1 / (1 + count), float(allowed) / (1 + count), *reached))
     return SignificanceTable(tuple(rows), level)
 

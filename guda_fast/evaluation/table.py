@@ -78,7 +78,8 @@ class AgreementTable:
         return f"{markdown(['method', *metrics], cells, text_columns=1)}\n{note}\n"
 
     def _note(self, interval: str) -> str:
-        note = f"Mean over queries; {interval} the {100 * self.confidence:g} % bootstrap interval."
+        note = f"Mean over queries; {interval} the {100 * self.confidence:g} % bootstrap interval over queries."
+        note += " What other training seeds would change is not in it."
         if any(row.method == RANDOM for row in self.rows):
             note += f" For {RANDOM} they are where the mean of random rankings of as many queries falls."
         if self.seeds > 1:
@@ -152,8 +153,11 @@ def agreement(
     With S seeds of the oracle a row ``oracle, other seed`` is added, its own noise: each seed against the mean of the
     other S - 1, a query's values averaged over the seeds. Methods are compared with the same S references and averaged
     alike, so that they may be read against that row, or with the mean of all S, which is less noisy than what the
-    row's own seeds are compared with. ``gaps`` are the means over queries of a method's value less that row's, whose
-    intervals are narrower than those of the two: where a query is hard for the one, it is for the other.
+    row's own seeds are compared with. ``gaps`` are the means over queries of a method's value less that row's, both
+    with the S references that leave a seed out, whatever ``reference`` is: others would favour the method.
+
+    All intervals resample queries. The models of a seed are shared by all queries, so what another training seed would
+    change is in none of them, and a gap's interval without zero is no test of whether a method falls short.
 
     scores: the method's scores [(N, K), real and finite, N >= 1, K >= 2], or several by method name
     oracle: the oracle's scores [(N, K), real and finite]
@@ -179,16 +183,14 @@ def agreement(
     held_out = _leave_one_out(seeds)
     references = held_out if reference == "leave-one-out" else [np.mean(seeds, axis=0)]
     row = _row_maker("agreement", confidence, resamples, seed)
-    values = {
-        (method, metric): _mean_of(measure, [matrix] * len(references), references)
-        for method, matrix in methods.items()
-        for metric, measure in measures.items()
-    }
+    values = _values(methods, measures, references)
     rows = [row(*key, found) for key, found in values.items()]
     gaps: list[AgreementRow] = []
     if others:
         floor = {metric: _mean_of(measure, seeds, held_out) for metric, measure in measures.items()}
         rows += [row(FLOOR, metric, found) for metric, found in floor.items()]
+        if references is not held_out:
+            values = _values(methods, measures, held_out)
         gaps += [row(method, metric, found - floor[metric]) for (method, metric), found in values.items()]
     rows += [row(RANDOM, metric, *_random_values(measure, references, seed)) for metric, measure in measures.items()]
     return AgreementTable(tuple(rows), confidence, len(seeds), reference, tuple(gaps))
@@ -294,6 +296,17 @@ def _leave_one_out(seeds: Sequence[m.FloatArray]) -> list[m.FloatArray]:
     if len(seeds) == 1:
         return list(seeds)
     return [np.mean([other for j, other in enumerate(seeds) if j != i], axis=0) for i in range(len(seeds))]
+
+
+def _values(
+    methods: Mapping[str, m.FloatArray], measures: Mapping[str, _Metric], references: Sequence[m.FloatArray]
+) -> dict[tuple[str, str], m.FloatArray]:
+    """Each method's metrics of every query, averaged over the references."""
+    return {
+        (method, metric): _mean_of(measure, [matrix] * len(references), references)
+        for method, matrix in methods.items()
+        for metric, measure in measures.items()
+    }
 
 
 def _mean_of(measure: _Metric, scores: Sequence[m.FloatArray], oracles: Sequence[m.FloatArray]) -> m.FloatArray:
