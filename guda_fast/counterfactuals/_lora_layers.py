@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from guda_fast.ops import delta_conv2d, delta_linear
+from guda_fast.ops.delta_conv2d import delta_conv2d
+from guda_fast.ops.delta_linear import delta_linear
 from guda_fast.reference.delta_conv2d import Window
 
 # On a CPU a convolution to as few channels as a rank costs as much as one to many more. Measured with rank 4, 3x3
