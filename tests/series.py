@@ -101,6 +101,14 @@ class FewRunsOrder:
         return FewRuns(self.steps, self.count)
 
 
+@dataclass(frozen=True)
+class GoneOrder:
+    """Cannot be opened."""
+
+    def open(self) -> FewRuns:
+        raise FileNotFoundError("no images any more")
+
+
 def weights(out: Path) -> dict[str, bytes]:
     """The weights of every finished run below a folder."""
     return {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import guda_fast as gf
 from guda_fast.deltas.base import open_base
@@ -70,7 +71,9 @@ def test_data_with_labels_make_a_conditional_base(run, tmp_path) -> None:
         (("--set", "lr"), "--set: must be KEY=VALUE, got 'lr'"),
         (("--set", "lr=1", "--set", "lr=2"), "--set: keys must differ, got lr twice"),
         (("--set", "lr=fast"), "TrainConfig: lr must be a real number, got 'fast'"),
-        (("--set", "speed=1"), "speed"),
+        (("--set", "speed=1"), "train: settings must be among steps, lr, weight_decay, "),
+        (("--set", "seed=5"), "--set: must not be seed, which has an option of its own, --seed"),
+        (("--set", "steps=5"), "--set: must not be steps, which has an option of its own, --steps"),
         (("--device", "cpu"), "--device: must be given once for one model, got cpu, cpu"),
     ],
 )
@@ -78,6 +81,26 @@ def test_what_a_typo_says(train, extra, message) -> None:
     code, printed = train("--out", "base", *extra)
     assert code == 1 and message in printed and "Traceback" not in printed
     assert not Path("base").exists()
+
+
+def test_pictures_that_the_network_cannot_halve_are_refused(train, tmp_path) -> None:
+    for number in range(2):
+        path = tmp_path / "pictures" / f"{number}" / "a.png"
+        path.parent.mkdir(parents=True)
+        Image.new("L", (9, 9), 50 * number).save(path)
+    code, printed = train("--data", f"{tmp_path / 'pictures'}", "--out", "base")
+    assert code == 1 and not Path("base").exists() and "Traceback" not in printed
+    assert "must take the data's 1x9x9 images, whose height and width must be multiples of 2, found that" in printed
+
+
+@pytest.mark.parametrize("out", [".", "../made/none/.."])
+def test_an_empty_folder_is_taken_however_it_is_named(train, tmp_path, monkeypatch, out) -> None:
+    target = tmp_path / "made"
+    target.mkdir()
+    monkeypatch.chdir(target)
+    code, printed = train("--out", out, "--steps", 2)
+    assert code == 0, printed
+    assert (target / "training.json").is_file()
 
 
 def test_a_diverging_loss_is_said_and_nothing_half_made_is_named_as_finished(train) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import guda_fast as gf
+from guda_fast.counterfactuals.packing import Packer
 from guda_fast.counterfactuals.unlearn import unlearn
 from guda_fast.datasets import load_digits
 from guda_fast.deltas.base import open_base
@@ -123,9 +124,66 @@ def test_what_does_not_fit(run, base) -> None:
 
 
 def test_equal_failures_are_said_once(run, base) -> None:
-    code, printed = run(*command(base, "--groups", "3,8", "--set", "weight=-1"))
+    code, printed = run(
+        *command(
+            base, "--groups", "3,8", "--set", "saliency=0.5", "--set", "weight=0", "--set", "trained=cross-attention"
+        )
+    )
     assert code == 1 and "0 of 2 finished" in printed
-    assert "guda-fast: error: 3, 8: ReTrackObjective: weight must be finite and at least 0, got -1.0" in printed
+    assert "guda-fast: error: 3, 8: train: trained must select parameters of UNet2DModel" in printed
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("weight=-1", "ReTrackObjective: weight must be finite and at least 0, got -1.0"),
+        ("weight=abc", "ReTrackObjective: weight must be a real number, got 'abc'"),
+        ("lr=abc", "TrainConfig: lr must be a real number, got 'abc'"),
+        ("seed=5", "--set: must not be seed, which has an option of its own, --seed"),
+        ("batch_size=5", "--set: must not be batch_size, which has an option of its own, --batch-size"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_made(run, base, setting, message) -> None:
+    code, printed = run(*command(base, "--groups", "3, 8", "--set", setting))
+    assert code == 1 and printed == f"guda-fast: error: {message}\n"
+    assert not Path("models").exists()
+
+
+def test_patterns_of_parameters_are_a_list(run, base) -> None:
+    code, printed = run(*command(base, "--groups", "3, 8", "--set", 'trained=["conv_in.*"]'))
+    assert code == 0 and "2 of 2 finished" in printed, printed
+    changed = {
+        name
+        for name, value in open_base("models/8", None).model.state_dict().items()
+        if not torch.equal(value, open_base(base, None).model.state_dict()[name])
+    }
+    assert changed and all(name.startswith("conv_in.") for name in changed)
+    assert "2 of 2 finished (2 before)" in run(*command(base, "--groups", "3,8", "--set", 'trained=["conv_in.*"]'))[1]
+
+
+def test_one_folder_is_one_series(run, base) -> None:
+    run(*command(base, "--groups", "3"))
+    code, printed = run("unlearn", "siss", *command(base, "--groups", "8")[2:])
+    assert code == 1 and "models/3/training.json: was made with other settings (" in printed
+    assert "operator: wanted 'siss', found 'retrack'" in printed and not Path("models/8").exists()
+
+
+def test_a_pack_never_keeps_a_model_of_another_run_under_a_groups_name(run, base) -> None:
+    packed = ("--groups", "3", "--pack", "bank.safetensors")
+    assert run(*command(base, *packed))[0] == 0
+    code, printed = run(*command(base, *packed, "--seed", 1, "--out", "other"))
+    assert code == 1 and "bank.safetensors: group '3' must be the model in other/3, found another" in printed
+    assert not Path("other").exists()
+
+
+def test_a_model_that_another_command_packs_meanwhile_is_not_taken_for_ours(run, base) -> None:
+    assert run(*command(base, "--groups", "3"))[0] == 0
+    assert run(*command(base, "--groups", "3", "--seed", 1, "--out", "other"))[0] == 0
+    ours, theirs = (Packer(Path("bank.safetensors"), base, Path(out)) for out in ("models", "other"))
+    theirs.add(["3"])
+    theirs.add(["3"])
+    with pytest.raises(gf.CheckpointError, match="group '3' must be the model in models/3, found another"):
+        ours.add(["3"])
 
 
 def test_a_base_of_another_size_is_refused(run, base, tmp_path) -> None:

@@ -22,7 +22,7 @@ from guda_fast.counterfactuals import TrainConfig, train
 from guda_fast.counterfactuals.locks import claim
 from guda_fast.counterfactuals.processes import work_through
 from guda_fast.counterfactuals.queue import Event, How, Place, complete
-from series import FewRuns, FewRunsOrder, weights
+from series import FewRuns, FewRunsOrder, GoneOrder, weights
 
 HOLD = """
 import sys, time
@@ -122,6 +122,42 @@ def test_what_a_process_left_that_was_killed_after_its_last_step_is_removed(tmp_
     place.lock("c").touch()
     assert make(FewRuns(), tmp_path)[0] == {}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_notes_and_half_written_models_of_killed_commands_are_removed(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    half = place.work("b") / ".b-abcdefgh"
+    half.mkdir(parents=True)
+    (half / "half").write_text("written")
+    place.failure("c").write_text(json.dumps({"command": "killed before it could say so", "error": "full"}))
+    assert make(FewRuns(), tmp_path)[0] == {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+    place.hidden.mkdir()
+    place.failure("a").touch()  # of a command that was killed after the model was there
+    assert make(FewRuns(), tmp_path)[0] == {}
+    assert not place.hidden.exists()
+
+
+def test_a_folder_that_comes_in_the_way_fails_its_run_alone(tmp_path: Path) -> None:
+    def hook(name: str) -> None:
+        if name == "a":
+            (tmp_path / "b").mkdir()
+            (tmp_path / "b" / "training.json").write_text("{}")
+
+    failures, events = make(FewRuns(hook=hook), tmp_path)
+    assert failures.keys() == {"b"} and "b/training.json: must be the record of a finished run" in failures["b"]
+    assert [event.kind for event in events if event.name == "b"] == ["failed"]
+    assert (tmp_path / "c" / "training.json").exists()
+
+
+@pytest.mark.slow
+def test_what_ends_a_worker_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The data are gone when the worker processes open them."""
+    events: list[Event] = []
+    failures = work_through(GoneOrder(), FewRuns(), tmp_path, events.append, devices=("cpu", "cpu"))
+    assert failures.keys() == {"a", "b", "c"}
+    assert events == [Event("ended", "cpu", text="no images any more")] * 2
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_failure_that_cannot_be_noted_is_not_tried_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

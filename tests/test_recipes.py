@@ -22,10 +22,12 @@ from guda_fast.counterfactuals.recipes import (
     Retraining,
     Unlearning,
     UnlearningRecipe,
+    check_trained_on,
     checked_groups,
 )
 from guda_fast.counterfactuals.runs import write_record
 from guda_fast.datasets import GroupedImages, with_controls, with_labels
+from guda_fast.datasets.manifest import manifest
 from series import NETWORK, network_file, random_groups, schedule
 from tiny import tiny_unet
 
@@ -161,6 +163,40 @@ def test_what_an_unlearning_run_depends_on() -> None:
     moved = replace(data, members={**data.members, "a": torch.tensor([0, 1])})
     assert unlearning(moved).settings("a") != first
     json.dumps(first)
+
+
+def test_what_decides_a_redirection() -> None:
+    """Anchors come from the other groups: regrouping them makes another run, adding control groups does not."""
+    data = with_labels(random_groups(3), null=True)
+
+    def settings(data: GroupedImages, operator: str) -> dict[str, object]:
+        given = UnlearningRecipe(operator, steps=2, batch_size=4)
+        return Unlearning(data, classed(channels=1), given, ("a",), scheduler=SCHEDULER).settings("a")
+
+    merged = {**data.members, "b": torch.arange(4, 12)}
+    del merged["c"]
+    regrouped = replace(data, members=merged)
+    assert settings(regrouped, "redirect") != settings(data, "redirect")
+    assert settings(regrouped, "retrack") == settings(data, "retrack")
+    assert settings(with_controls(data, 2), "redirect") == settings(data, "redirect")
+    removed = replace(data, removed=torch.tensor([3, 3, 3, 3]))
+    assert settings(removed, "redirect") != settings(data, "redirect")
+
+
+def test_tensors_among_options_are_told_apart_by_their_values() -> None:
+    data = random_groups()
+    features = torch.rand(12, 3)
+    first, second = (unlearning(data, features=given).settings("a") for given in (features, features + 1))
+    assert json.dumps(first) != json.dumps(second)
+    assert unlearning(data, features=features.clone()).settings("a") == first
+
+
+def test_a_base_may_be_unlearned_with_anchors_that_its_training_did_not_know(tmp_path: Path) -> None:
+    data = with_labels(random_groups(), null=True)
+    write_record(tmp_path, Retraining(data, recipe(data)).settings("base"))
+    check_trained_on(tmp_path, manifest(replace(data, removed=torch.tensor([3, 3, 3, 3]))))
+    with pytest.raises(CheckpointError, match="must have been trained on the data that are given"):
+        check_trained_on(tmp_path, manifest(with_labels(random_groups())))
 
 
 def test_presets_and_options_of_unlearning() -> None:

@@ -135,6 +135,27 @@ def test_neighbours_equal_a_plain_search() -> None:
         torch.testing.assert_close(distance[found[i]], expected)
 
 
+@pytest.mark.parametrize(
+    "candidates",
+    [
+        0.1 * torch.randn(2000, 512, generator=torch.Generator().manual_seed(0)) + 30,
+        # Copies of one image with a little noise, ever more of it.
+        torch.rand(3072, generator=torch.Generator().manual_seed(1))
+        + torch.arange(60)[:, None] * 1e-5 * torch.randn(60, 3072, generator=torch.Generator().manual_seed(2)),
+    ],
+)
+def test_neighbours_that_are_far_from_zero_are_told_apart(candidates: Tensor) -> None:
+    queries = candidates[:30]
+    exact = torch.stack([(candidates.double() - query.double()).square().sum(dim=1) for query in queries])
+    assert torch.equal(nearest_neighbours(queries, candidates, 10), exact.topk(10, largest=False).indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_neighbours_of_features_in_half_precision(dtype: torch.dtype) -> None:
+    features = torch.arange(8).to(dtype)[:, None]
+    assert nearest_neighbours(features[2:3], features, 3)[0].sort().values.tolist() == [1, 2, 3]
+
+
 def test_neighbours_by_features_are_others() -> None:
     """Features of one number that order the images against their pixels."""
     images = torch.linspace(-1, 1, 6)[:, None, None, None].expand(6, 1, 2, 2).contiguous()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from guda_fast import CheckpointError
-from guda_fast.counterfactuals.runs import finished, save_run, unfinished
+from guda_fast.counterfactuals.runs import check_alike, finished, save_run, unfinished
 from tiny import tiny_unet
 
 SETTINGS = {"run": "base", "steps": 3, "lr": 0.001, "grad_clip": None}
@@ -28,12 +28,35 @@ def test_a_saved_run_is_finished_with_its_settings_only(tmp_path: Path) -> None:
         finished(folder, {**SETTINGS, "lambda": 1})
 
 
-@pytest.mark.parametrize("content", [None, "", '{"settings": ', "[]", '{"settings": 3}'])
-def test_a_damaged_record_is_named(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "training.json").write_text(content)
+@pytest.mark.parametrize("content", ["", '{"settings": ', "[]", '{"settings": 3}'])
+def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "training.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"training\.json: "):
         finished(tmp_path, SETTINGS)
+
+
+def test_an_empty_folder_is_taken_and_one_with_the_users_own_files_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    assert not finished(folder, SETTINGS)
+    save_run(folder, tiny_unet().save_pretrained, SETTINGS, [1.0], 0.1)
+    assert finished(folder, SETTINGS)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="mine: must be new, empty, or a run of this command") as caught:
+        finished(tmp_path / "mine", SETTINGS)
+    assert "remove" not in str(caught.value)
+
+
+def test_runs_of_other_series_are_refused_by_name(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "run": "unlearned", "group": "a", "members": "1", "options": {"weight": 1}}
+    save_run(tmp_path / "a", tiny_unet().save_pretrained, settings, [1.0], 0.1)
+    save_run(tmp_path / "full", tiny_unet().save_pretrained, SETTINGS, [1.0], 0.1)  # a base is none of them
+    check_alike(tmp_path, {**settings, "group": "b", "members": "2", "steps": 9})
+    with pytest.raises(CheckpointError, match=r"a/training.json: .* \(options.weight: wanted 2, found 1\)"):
+        check_alike(tmp_path, {**settings, "group": "b", "options": {"weight": 2}})
+    (tmp_path / "a" / "training.json").write_text("[]")
+    check_alike(tmp_path, {**settings, "options": {"weight": 2}})
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("no")])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from guda_fast.errors import MENDABLE
 
 if TYPE_CHECKING:
+    from guda_fast.counterfactuals.packing import Packer
     from guda_fast.counterfactuals.processes import Order
     from guda_fast.counterfactuals.queue import Event
     from guda_fast.counterfactuals.recipes import Series
@@ -98,18 +100,22 @@ def make(
     pack: of the finished models, and their base. beside: write the data's manifest beside the models
     """
     from guda_fast.counterfactuals.processes import work_through
-    from guda_fast.counterfactuals.runs import finished, write_manifest
+    from guda_fast.counterfactuals.runs import check_alike, finished, write_manifest
 
     places = checked_devices(devices)
     series = order.open()
     _say_overlaps(series)
     left = [name for name in series.names if not finished(out / name, series.settings(name))]
+    if beside:
+        check_alike(out, series.settings(series.names[0]))
+    packer = _packer(pack, out, series.names)
+    _check_first(series, left)
     if dry_run:
         print_cost(series, left, places, together)
         return
     if beside:
         write_manifest(out, series.record)
-    packing = None if pack is None else _Packing(pack, out)
+    packing = None if packer is None else _Packing(packer)
     if packing is not None:
         packing.add([name for name in series.names if name not in left])
     done = len(series.names) - len(left)
@@ -136,14 +142,18 @@ def _say_overlaps(series: Series) -> None:
         typer.echo(f"... and {len(overlaps) - _MAX_SHOWN} more pairs of groups", err=True)
 
 
+def _packer(pack: tuple[Path, Path] | None, models: Path, names: Sequence[str]) -> Packer | None:
+    from guda_fast.counterfactuals.packing import Packer
+
+    return None if pack is None else Packer(*pack, models, names)
+
+
 class _Packing:
     """Finished models go to a pack; where that fails, making goes on, and it is said at the end."""
 
-    def __init__(self, pack: tuple[Path, Path], models: Path) -> None:
-        from guda_fast.counterfactuals.packing import Packer
-
+    def __init__(self, packer: Packer) -> None:
         self.failures: dict[str, str] = {}
-        self._packer = Packer(*pack, models)
+        self._packer = packer
 
     def add(self, names: Sequence[str]) -> None:
         for name in names:
@@ -181,8 +191,10 @@ def checked_devices(devices: Sequence[str] | None) -> list[str]:
     return list(devices or ["cuda" if count else "cpu"])
 
 
-def parsed_settings(entries: Sequence[str] | None) -> dict[str, Any]:
+def parsed_settings(entries: Sequence[str] | None, own: Sequence[str] = ()) -> dict[str, Any]:
     """KEY=VALUE entries; a value is JSON, or else a text.
+
+    own: keys that the command has options of their own for, which are refused: one of two values would be lost
 
     >>> parsed_settings(["lr=1e-4", "retain=distill", "ema_decay=null"])
     {'lr': 0.0001, 'retain': 'distill', 'ema_decay': None}
@@ -192,6 +204,8 @@ def parsed_settings(entries: Sequence[str] | None) -> dict[str, Any]:
         key, sign, text = entry.partition("=")
         if not (key and sign):
             raise ValueError(f"--set: must be KEY=VALUE, got {entry!r}")
+        if key in own:
+            raise ValueError(f"--set: must not be {key}, which has an option of its own, --{key.replace('_', '-')}")
         if key in found:
             raise ValueError(f"--set: keys must differ, got {key} twice")
         try:
@@ -202,8 +216,29 @@ def parsed_settings(entries: Sequence[str] | None) -> dict[str, Any]:
 
 
 def split_groups(groups: str) -> tuple[str, ...]:
-    """Names with commas between them."""
-    return tuple(groups.split(","))
+    """Names with commas between them, and spaces after those.
+
+    >>> split_groups("cat, old dog")
+    ('cat', 'old dog')
+    """
+    return tuple(name.strip() for name in groups.split(","))
+
+
+@contextmanager
+def typed_values() -> Iterator[None]:
+    """What was typed and has the wrong type is ValueError, as what is out of range."""
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _check_first(series: Series, left: Sequence[str]) -> None:
+    """Raise, before anything is made, what the model or the operator's options would stop every run by."""
+    if left:
+        _ = series.start
+        with typed_values():
+            series.objective(left[0])
 
 
 def print_cost(series: Series, left: Sequence[str], devices: Sequence[str], together: int) -> None:

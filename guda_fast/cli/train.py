@@ -32,7 +32,11 @@ def train(
 
     if device is not None and len(device) > 1:
         raise ValueError(f"--device: must be given once for one model, got {', '.join(device)}")
-    given = {**parsed_settings(settings), "seed": seed, **({} if steps is None else {"steps": steps})}
-    target = out.absolute()
+    given = {
+        **parsed_settings(settings, ("network", "steps", "batch_size", "label_dropout", "seed")),
+        "seed": seed,
+        **({} if steps is None else {"steps": steps}),
+    }
+    target = out.resolve()  # its name is that of the run, which "." and ".." are not
     order = BaseOrder(data, target.name, network, given, batch_size, label_dropout)
     make(order, target.parent, devices=device, checkpoint_every=checkpoint_every, dry_run=dry_run, beside=False)

@@ -21,6 +21,7 @@ from guda_fast.cli.runs import (
     make,
     parsed_settings,
     split_groups,
+    typed_values,
 )
 
 
@@ -46,7 +47,9 @@ def unlearn(
     from guda_fast.counterfactuals.orders import UnlearnOrder
     from guda_fast.counterfactuals.recipes import UnlearningRecipe
 
-    recipe = UnlearningRecipe(operator, preset, steps, batch_size, {"seed": seed, **parsed_settings(settings)})
+    given = parsed_settings(settings, ("steps", "batch_size", "preset", "seed"))
+    with typed_values():
+        recipe = UnlearningRecipe(operator, preset, steps, batch_size, {"seed": seed, **given})
     order = UnlearnOrder(base, data, recipe, split_groups(groups), controls)
     packing = None if pack is None else (pack, base)
     make(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from guda_fast._json import read_object
+from guda_fast.counterfactuals.students import Inputs, forward
 from guda_fast.datasets.grouped import GroupedImages
 from guda_fast.deltas.formats.diffusers import build_model, complete_config
 from guda_fast.errors import CheckpointError
@@ -154,6 +155,32 @@ def check_fits(where: str, model: nn.Module, data: GroupedImages) -> None:
             f"{where}: the base must take the data's {height}x{width} images, found one for {size[0]}x{size[1]}"
         )
     _check_conditions(where, model, data)
+    _check_forward(where, model, data)
+
+
+def _check_forward(where: str, model: nn.Module, data: GroupedImages) -> None:
+    """One image through the model: a size that its stages do not halve evenly shows only there."""
+    parameter = next(model.parameters())
+    channels, height, width = data.images.shape[1:]
+    x_t = torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype)
+    t = torch.zeros(1, dtype=torch.int64, device=parameter.device)
+    condition: Mapping[str, Any] = {}
+    if data.conditions is not None and data.conditions.tensors:
+        condition = data.conditions.to(parameter.device, parameter.dtype).take(t)
+    try:
+        with torch.no_grad(), torch.random.fork_rng():  # which dropout draws from
+            found = forward(model, Inputs(x_t, t, condition)).shape
+        why = None if found == x_t.shape else f"an output of {found[-2]}x{found[-1]}"
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        why = f"that {str(error).splitlines()[0]}"
+    if why is not None:
+        stages = getattr(model, "config", {}).get("block_out_channels")
+        even = f", whose height and width must be multiples of {2 ** (len(stages) - 1)}" if stages else ""
+        raise CheckpointError(
+            f"{where}: the network must take the data's {channels}x{height}x{width} images{even}, found {why}"
+        )
 
 
 def _check_conditions(where: str, model: nn.Module, data: GroupedImages) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,6 +80,9 @@ class UnlearnOrder:
 
 def configured(fields: Mapping[str, Any]) -> TrainConfig:
     """Settings from values that a user typed: what has the wrong type is ValueError, as what is out of range."""
+    choices = [each.name for each in dataclasses.fields(TrainConfig)]
+    if unknown := [name for name in fields if name not in choices]:
+        raise ValueError(f"train: settings must be among {', '.join(choices)}, got {', '.join(unknown)}")
     given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     try:
         return TrainConfig(**given)

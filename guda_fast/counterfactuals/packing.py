@@ -16,27 +16,31 @@ class Packer:
     """Adds finished models to a pack, which is made with the first of them.
 
     path: of the pack. base: the folder that the models were made from. models: the folder that they are in, by group.
+    names: of the groups that are going to be there.
 
     Raises CheckpointError where the pack has a group of this name already that is another model.
     """
 
-    def __init__(self, path: Path, base: Path, models: Path) -> None:
+    def __init__(self, path: Path, base: Path, models: Path, names: Sequence[str] = ()) -> None:
         if models.absolute() in path.absolute().parents:
             raise ValueError(f"--pack: must not be among the models in {models}, got {path}")
         self._path, self._base, self._models = path, base, models
+        self._known: set[str] = set()  # of the pack's, those that have been compared with their folders
         if not path.exists():
             return
         pack = Pack.open(path)
         for group in pack.groups:
-            if (models / group).is_dir() and not all(_is_same(source) for source in pack[group].sources):
-                raise CheckpointError(
-                    f"{path}: group {group!r} must be the model in {models / group}, found another; choose another pack"
-                )
+            if group in names or (models / group).is_dir():
+                self._check(pack, group)
 
     def add(self, groups: Sequence[str]) -> None:
-        """Append the models that are not in the pack."""
+        """Append the models that are not in the pack; CheckpointError where it has another one by a group's name."""
         # Looked up each time: another command may add to it too.
-        packed = Pack.open(self._path).groups if self._path.exists() else ()
+        pack = Pack.open(self._path) if self._path.exists() else None
+        packed = () if pack is None else pack.groups
+        for group in groups:
+            if pack is not None and group in packed and group not in self._known:
+                self._check(pack, group)
         new = {group: self._models / group for group in groups if group not in packed}
         if not new:
             return
@@ -45,10 +49,24 @@ class Packer:
         else:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             build_pack(self._base, new, self._path)
+        self._known.update(new)
+
+    def _check(self, pack: Pack, group: str) -> None:
+        sources, folder = pack[group].sources, self._models / group
+        if not sources or not all(_is_same(source, folder) for source in sources):
+            found = ", ".join(source.path for source in sources) or "one of no file"
+            raise CheckpointError(
+                f"{self._path}: group {group!r} must be the model in {folder}, found another ({found}); "
+                "choose another pack"
+            )
+        self._known.add(group)
 
 
-def _is_same(source: SourceFile) -> bool:
+def _is_same(source: SourceFile, folder: Path) -> bool:
+    """Whether a packed file is in a folder as it was packed."""
     path = Path(source.path)
+    if folder.resolve() not in path.resolve().parents:
+        return False
     if not path.is_file() or path.stat().st_size != source.bytes:
         return False
     with path.open("rb") as file:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import secrets
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -17,6 +18,7 @@ import torch
 from guda_fast.counterfactuals.queue import Event, How, Listener, Place, Worker, failures_of
 from guda_fast.counterfactuals.recipes import Series
 from guda_fast.counterfactuals.runs import finished
+from guda_fast.errors import MENDABLE
 
 
 class Order(Protocol):
@@ -112,4 +114,8 @@ def _work(task: _Task, pipe: Connection[Any, Any]) -> None:
             # Not an exception: training must not take it for a run's own failure.
             os._exit(1)
 
-    Worker(task.order.open(), Place(task.out), send, task.token, task.how).run()
+    try:
+        Worker(task.order.open(), Place(task.out), send, task.token, task.how).run()
+    except MENDABLE as error:
+        send(Event("ended", task.how.device, text=str(error) or type(error).__name__))
+        sys.exit(1)

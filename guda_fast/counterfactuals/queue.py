@@ -23,9 +23,9 @@ from guda_fast._validate import check_int
 from guda_fast.counterfactuals.locks import Claim, claim
 from guda_fast.counterfactuals.objective import Objective
 from guda_fast.counterfactuals.recipes import Series
-from guda_fast.counterfactuals.runs import finished, save_run
+from guda_fast.counterfactuals.runs import RECORD, finished, save_run
 from guda_fast.counterfactuals.trainer import TrainResult, train_together
-from guda_fast.errors import MENDABLE
+from guda_fast.errors import MENDABLE, CheckpointError
 
 # What ends one run and not the others. An argument of another type comes from the caller's options.
 _FAILURES = (*MENDABLE, TypeError, torch.OutOfMemoryError)
@@ -38,7 +38,8 @@ class Event:
     """What happened to a run.
 
     kind: "step" (``done`` of ``steps``), "finished" (``text`` says why it ended early, if it did), "failed" (``text``
-        says why), or "waiting": everything that is left is being made by other processes
+        says why), "waiting": everything that is left is being made by other processes, or "ended": a worker process
+        (``name`` has its device), before its time (``text`` says why)
     """
 
     kind: str
@@ -81,7 +82,7 @@ class Place:
     def tidy(self, done: Iterable[str] = ()) -> None:
         """Remove what a process that was killed left of finished runs, and the hidden folder where nothing is in it."""
         for name in done:
-            if not (self.work(name).exists() or self.lock(name).exists()):
+            if not any(left.exists() for left in (self.work(name), self.lock(name), self.failure(name))):
                 continue
             mine = claim(self.lock(name))
             if mine is not None:
@@ -159,11 +160,16 @@ class Worker:
         return claims, others
 
     def _settled(self, name: str) -> bool:
-        if name not in self._done and (
-            finished(self.place.folder(name), self.series.settings(name))
-            or _failure(self.place, name, self.token) is not None
-        ):
-            self._done.add(name)
+        if name not in self._done:
+            try:
+                settled = _failure(self.place, name, self.token) is not None or finished(
+                    self.place.folder(name), self.series.settings(name)
+                )
+            except CheckpointError as error:  # what came there since the command began
+                self._fail(name, error)
+                settled = True
+            if settled:
+                self._done.add(name)
         return name in self._done
 
     def _make(self, names: Sequence[str]) -> None:
@@ -208,19 +214,23 @@ class Worker:
             self._listen(Event("step", name, done, steps))
 
     def _keep(self, name: str, result: TrainResult) -> None:
-        work = None if self.how.checkpoint_every is None else self.place.work(name)
-        save_run(
-            self.place.folder(name),
-            lambda folder: self.series.write(name, result, folder),
-            self.series.settings(name),
-            result.losses,
-            result.seconds,
-            within=work or self.place.hidden,
-            steps=result.steps,
-            stopped=result.stopped,
-        )
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
+        # What is half written is in the run's own folder: who goes on after a kill removes it with the checkpoint.
+        work, folder = self.place.work(name), self.place.folder(name)
+        try:
+            save_run(
+                folder,
+                lambda temporary: self.series.write(name, result, temporary),
+                self.series.settings(name),
+                result.losses,
+                result.seconds,
+                within=work,
+                steps=result.steps,
+                stopped=result.stopped,
+            )
+            self.place.failure(name).unlink(missing_ok=True)  # of a command that was killed
+        finally:
+            if self.how.checkpoint_every is None or (folder / RECORD).exists():
+                shutil.rmtree(work, ignore_errors=True)
         self._listen(Event("finished", name, text=result.stopped or ""))
 
     def _fail(self, name: str, error: BaseException) -> None:
@@ -237,9 +247,12 @@ def complete(series: Series, out: Path, listen: Listener) -> None:
     Raises ValueError where a run fails, after the others; CheckpointError where a finished one has other settings.
     """
     place, token = Place(out), secrets.token_hex(8)
+    for name in series.names:
+        finished(place.folder(name), series.settings(name))
     try:
         Worker(series, place, listen, token, How(checkpoint_every=None)).run()
         failures = failures_of(series, place, token)
+        place.tidy(name for name in series.names if name not in failures)
     finally:
         place.tidy()
     if failures:
@@ -254,8 +267,12 @@ def failures_of(series: Series, place: Place, token: str) -> dict[str, str]:
         if failed is not None:
             found[name] = failed
             place.failure(name).unlink(missing_ok=True)
-        elif not finished(place.folder(name), series.settings(name)):
-            found[name] = "its process ended before it was finished; the same command goes on with it"
+            continue
+        try:
+            if not finished(place.folder(name), series.settings(name)):
+                found[name] = "its process ended before it was finished; the same command goes on with it"
+        except CheckpointError as error:
+            found[name] = str(error)
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -13,6 +15,7 @@ from torch import nn
 
 from guda_fast._json import read_object
 from guda_fast._validate import check_choice, check_int, check_real
+from guda_fast.counterfactuals.checkpoint import digest
 from guda_fast.counterfactuals.log import LOG
 from guda_fast.counterfactuals.networks import check_fits, initial
 from guda_fast.counterfactuals.objective import Batch, DenoisingObjective, Objective, Rows
@@ -197,7 +200,7 @@ class UnlearningRecipe:
     batch_size: forget images, and again retain images, a step [>= 1; None for the preset's].
     options: of the operator, and fields of ``TrainConfig``, in place of the preset's.
 
-    Raises ValueError naming what is unknown, with the choices.
+    Raises ValueError naming what is unknown, with the choices; TypeError or ValueError for a field of ``TrainConfig``.
 
     >>> UnlearningRecipe("retrack", steps=80, options={"weight": 0.5, "lr": 1e-5}).training(images=100).lr
     1e-05
@@ -218,6 +221,7 @@ class UnlearningRecipe:
             raise ValueError(
                 f"unlearn: options of {self.operator} must be among {', '.join(choices)}, got {', '.join(unknown)}"
             )
+        self.training(images=1)
 
     @property
     def images_a_step(self) -> int:
@@ -226,8 +230,10 @@ class UnlearningRecipe:
 
     def training(self, images: int) -> TrainConfig:
         """How a group of so many images is unlearned."""
-        steps = self.steps or self._preset.steps(images) or _STEPS
+        steps = (self._preset.steps(images) or _STEPS) if self.steps is None else self.steps
         given = {name: value for name, value in self.options.items() if name in _TRAINING}
+        if isinstance(given.get("trained"), list):  # as JSON has it
+            given["trained"] = tuple(given["trained"])
         return TrainConfig(**{"steps": steps, **self._preset.training, **given})
 
     def operator_options(self) -> dict[str, Any]:
@@ -283,15 +289,18 @@ class Unlearning:
 
     def settings(self, name: str) -> dict[str, Any]:
         """All that decides what a run gives."""
-        return {
+        found = {
             "run": "unlearned",
             "operator": self.recipe.operator,
-            "options": self.recipe.operator_options(),
+            "options": _plain(self.recipe.operator_options()),
             "batch_size": self.recipe.images_a_step,
             **self._made_of,
             **identity(self.record, name),
             **asdict(self.config(name)),
         }
+        if "anchors" in OPERATORS[self.recipe.operator].needs:
+            found["anchor_groups"] = _groups_hash(self.record)
+        return found
 
     def objective(self, name: str) -> Objective:
         """The operator's."""
@@ -321,12 +330,28 @@ def checked_groups(data: GroupedImages, groups: Sequence[str]) -> tuple[str, ...
 
 
 def identity(record: Mapping[str, Any], group: str | None) -> dict[str, Any]:
-    """What of the data decides a run, from their manifest.
+    """What of the data decides a run, from their manifest: images, conditions, and which images its own group has.
 
-    Other groups do not: a group is unlearned in the same way when control groups are added.
+    How other images are grouped does not, but for an operator that takes anchors from the other groups, whose settings
+    say so apart. Control groups never do: a group is unlearned in the same way when they are added.
     """
-    found = {"images": record["images"]["hash"], "conditions": (record["conditions"] or {}).get("hash")}
+    found = {"images": record["images"]["hash"], "conditions": record["conditions"]}
     return found if group is None else {**found, "group": group, "members": record["groups"][group]["hash"]}
+
+
+def _groups_hash(record: Mapping[str, Any]) -> str:
+    """Of names and images of all groups that are no controls."""
+    groups = {name: found["hash"] for name, found in record["groups"].items() if not found.get("control")}
+    return hashlib.blake2b(json.dumps(groups).encode(), digest_size=16).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """An option as a JSON value, a tensor as its hash."""
+    if isinstance(value, torch.Tensor):
+        return digest({"": value.detach().cpu()})
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def check_trained_on(base: Path, record: Mapping[str, Any]) -> None:
@@ -335,6 +360,13 @@ def check_trained_on(base: Path, record: Mapping[str, Any]) -> None:
     if not path.is_file():
         return
     trained: Any = read_object(path).get("settings")
+    if not isinstance(trained, Mapping):
+        return
     wanted = identity(record, None)
-    if isinstance(trained, Mapping) and any(key in trained and trained[key] != wanted[key] for key in wanted):
+    if any(key in trained and _seen(trained[key]) != _seen(wanted[key]) for key in wanted):
         raise CheckpointError(f"{path}: the base must have been trained on the data that are given, found others")
+
+
+def _seen(value: Any) -> Any:
+    """What training a base has seen of images or conditions: not which condition another one is without its group."""
+    return {key: inner for key, inner in value.items() if key != "removed"} if isinstance(value, Mapping) else value

@@ -18,17 +18,22 @@ from guda_fast.errors import CheckpointError
 RECORD = "training.json"
 MANIFEST = "manifest.json"
 _LOSS_WINDOW = 100
+_OF_A_RUN = ("group", "members", "steps")
 
 
 def finished(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Whether ``folder`` holds a finished run with just these settings.
 
-    Raises CheckpointError, naming the differences, when it holds a run with other settings, or a record that
-    cannot be read.
+    An empty folder holds none.
+
+    Raises CheckpointError, naming the differences, when it holds a run with other settings, a record that cannot be
+    read, or something else.
     """
     record = folder / RECORD
-    if not folder.exists():
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
+    if not record.exists():
+        raise CheckpointError(f"{folder}: must be new, empty, or a run of this command, found no {RECORD} in it")
     try:
         found = json.loads(record.read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -45,11 +50,35 @@ def finished(folder: Path, settings: Mapping[str, Any]) -> bool:
     return True
 
 
+def check_alike(out: Path, settings: Mapping[str, Any]) -> None:
+    """Raise CheckpointError, naming the differences, where a finished run in ``out`` is not one of the same series.
+
+    settings: of any run of the series. Runs of one series differ in group, members and steps; a base beside them is
+    none of theirs.
+    """
+    wanted = _common(json.loads(json.dumps(dict(settings))))
+    for record in sorted(out.glob(f"*/{RECORD}")):
+        try:
+            found = json.loads(record.read_text(encoding="utf-8"))["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # who needs it will say so
+        if not isinstance(found, Mapping) or found.get("run") == "base" or _common(found) == wanted:
+            continue
+        raise CheckpointError(
+            f"{record}: was made with other settings ({_differences(wanted, _common(found))}); models of one series "
+            "are made alike: choose another --out"
+        )
+
+
+def _common(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in _OF_A_RUN}
+
+
 @contextmanager
 def unfinished(folder: Path, within: Path | None = None) -> Iterator[Path]:
     """A temporary folder that becomes ``folder`` when the block ends without an error, and is removed otherwise.
 
-    folder: must not exist; its parents are made.
+    folder: must not exist, or be empty; its parents are made.
     within: where the temporary folder is, on the same file system [beside ``folder``]; made where it is not there.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +121,8 @@ def save_run(
 ) -> None:
     """Write a model and the record of its run; the folder appears whole or not at all.
 
-    folder: must not exist. write: writes the model into a folder that is there, such as its ``save_pretrained``.
+    folder: must not exist, or be empty.
+    write: writes the model into a folder that is there, such as its ``save_pretrained``.
     settings: JSON values that define the run. losses: one a step. seconds: wall time of the training.
     within: see ``unfinished``. found: what else is worth knowing about the run, as JSON values.
     """

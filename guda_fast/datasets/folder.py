@@ -18,6 +18,7 @@ from guda_fast.datasets.queries import image_names, read_pixels
 from guda_fast.diffusion.conditions import Conditions
 
 METADATA = "metadata.jsonl"
+_LABELS = 2**16  # every label up to the largest is a condition, and a row of a network's embedding
 _GREY = ("1", "L", "LA")
 _WHERE = "load_folder"
 
@@ -110,8 +111,8 @@ def _metadata(root: Path, names: list[str]) -> dict[str, _Line]:
             if not isinstance(line.get(key), str | None):
                 raise ValueError(f"{where}: must have {key}, a text, found {line[key]!r}")
         label, groups = line.get("label"), line.get("groups", [])
-        if label is not None and (type(label) is not int or not 0 <= label < 2**31):
-            raise ValueError(f"{where}: must have label, an integer of at least 0, found {label!r}")
+        if label is not None and (type(label) is not int or not 0 <= label < _LABELS):
+            raise ValueError(f"{where}: must have label, an integer in [0..{_LABELS - 1}], found {label!r}")
         if not isinstance(groups, list) or any(not isinstance(one, str) or not one for one in groups):
             raise ValueError(f"{where}: must have groups, a list of names, found {groups!r}")
         if label is not None and line.get("prompt") is not None:
