@@ -53,6 +53,14 @@ def test_only_selected_parameters_change(trained, parts) -> None:
     assert expected and changed(result.model, base) == expected
 
 
+@pytest.mark.parametrize("trained", ["mid_block.*", "up_blocks.*", "*norm*"])
+def test_norms_may_be_the_first_that_changes(trained: str) -> None:
+    """PyTorch 2.13 would crash where their input has no gradient and is in channels-last."""
+    base, objective = tiny_unet(), Noise(shape=(2, 1, 8, 8))
+    found = train(base, objective, TrainConfig(1, trained=(trained,)))
+    assert changed(found.model, base)
+
+
 def test_cross_attention_of_models_with_added_conditions_and_of_all_names() -> None:
     model = prompted_xl()
     assert selected(model, "all") == tuple(name for name, _ in model.named_parameters())

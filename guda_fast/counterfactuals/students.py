@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -53,6 +53,7 @@ class DenseStudents:
 
     def __init__(self, base: nn.Module, runs: Sequence[str], trained: Collection[str], device: torch.device) -> None:
         self._models = {run: copy.deepcopy(base).to(device).train() for run in runs}
+        self._all = len(trained) == len(list(base.parameters()))
         for model in self._models.values():
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in trained)
@@ -64,7 +65,14 @@ class DenseStudents:
 
     def predict(self, inputs: Mapping[str, Inputs]) -> dict[str, Tensor]:
         """A forward for each run."""
-        return {run: forward(self._models[run], rows) for run, rows in inputs.items()}
+        return {run: forward(self._models[run], self._traced(rows)) for run, rows in inputs.items()}
+
+    def _traced(self, rows: Inputs) -> Inputs:
+        """With gradients for x_t where only some parameters change.
+
+        Before a group norm whose parameters do and whose channels-last input has none, PyTorch 2.13 crashes on a CPU.
+        """
+        return rows if self._all else replace(rows, x_t=rows.x_t.detach().requires_grad_())
 
     def state(self, run: str) -> dict[str, Tensor]:
         """The parameters that change, and all buffers."""
