@@ -253,7 +253,7 @@ def print_cost(series: Series, left: Sequence[str], devices: Sequence[str], toge
         "steps": f"{cost.steps:,}",
         "forwards": f"{cost.rows:,} rows in training, {cost.base_rows:,} of the frozen base",
         "FLOPs": f"{cost.flop:.3g}",
-        "memory": f"{cost.state_bytes / 2**20:,.1f} MiB at most of weights, gradients and moments, "
+        "memory": f"{cost.state_bytes / 2**20:,.1f} MiB of weights, gradients and moments, "
         f"{cost.activation_bytes / 2**20:,.1f} MiB of activations, in each process",
         "time": f"about {cost.seconds:.3g} s by {', '.join(devices)}",
     }

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from guda_fast.counterfactuals.objective import FromBase, Objective
 from guda_fast.counterfactuals.recipes import Series
+from guda_fast.counterfactuals.result import TrainResult
+from guda_fast.counterfactuals.selection import selected
 from guda_fast.counterfactuals.trainer import train_together
 
 _MEASURED = 3  # steps, after one that warms up
@@ -22,8 +24,9 @@ class Cost:
     """Of all runs of a series that are left.
 
     runs, steps: optimiser steps of all runs. rows: images that go forward and back through the models in training.
-    base_rows: images that go forward through the frozen base. flop: of all steps.
-    state_bytes: of one process: weights of base and students, gradients, AdamW's moments, averages.
+    base_rows: images that go forward through the frozen base. flop: of all steps, and of what a run does once, such as
+    a saliency mask; of the looks of a retain bound, one a run.
+    state_bytes: of one process: weights of base and students; gradients, AdamW's moments and averages of what changes.
     activation_bytes: of one process, what a backward pass needs kept. seconds: wall time.
     """
 
@@ -46,7 +49,8 @@ def measured(series: Series, names: Sequence[str], *, device: str = "cpu", toget
     objectives = {name: series.objective(name) for name in names[:together]}
     preparing = (time.perf_counter() - begin) / len(objectives)
     rows, base_rows = zip(*map(_rows, objectives.values()), strict=True)
-    flop, kept = _counted(series, objectives, device)
+    first = _counted(series, objectives, device, 1)
+    flop = _counted(series, objectives, device, 2).flop - first.flop
     seconds = _timed(series, objectives, device)
     count = len(objectives)
     steps = sum(series.config(name).steps for name in names)
@@ -56,9 +60,9 @@ def measured(series: Series, names: Sequence[str], *, device: str = "cpu", toget
         steps=steps,
         rows=steps * accumulated * sum(rows) // count,
         base_rows=steps * accumulated * sum(base_rows) // count,
-        flop=flop * steps / count,
-        state_bytes=_state_bytes(series, names[0], count),
-        activation_bytes=kept,
+        flop=(flop * steps + (first.flop - flop) * len(names)) / count,
+        state_bytes=_state_bytes(series, names[0], first.results),
+        activation_bytes=first.kept,
         seconds=(seconds * steps / count + preparing * len(names)) / devices,
     )
 
@@ -72,8 +76,15 @@ def _rows(objective: Objective) -> tuple[int, int]:
     return sum(len(part.t) for part in parts), asked
 
 
-def _counted(series: Series, objectives: dict[str, Objective], device: str) -> tuple[float, int]:
-    """Multiplications and additions of a step, as far as torch counts them, and bytes kept for its backward pass."""
+class _Counted(NamedTuple):
+    """Multiplications and additions as far as torch counts them, bytes kept for a backward pass, and what was made."""
+
+    flop: float
+    kept: int
+    results: Sequence[TrainResult]
+
+
+def _counted(series: Series, objectives: dict[str, Objective], device: str, steps: int) -> _Counted:
     # Imports triton, which must not come before a caller has said whether to interpret it.
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -86,8 +97,8 @@ def _counted(series: Series, objectives: dict[str, Objective], device: str) -> t
         return tensor
 
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda given: given):
-        _train(series, objectives, device, 1)
-    return float(counter.get_total_flops()), sum(kept.values())
+        results = _train(series, objectives, device, steps)
+    return _Counted(float(counter.get_total_flops()), sum(kept.values()), results)
 
 
 def _timed(series: Series, objectives: dict[str, Objective], device: str) -> float:
@@ -97,18 +108,27 @@ def _timed(series: Series, objectives: dict[str, Objective], device: str) -> flo
     return (times[-1] - times[len(objectives) - 1]) / _MEASURED
 
 
-def _train(series: Series, objectives: dict[str, Objective], device: str, steps: int, progress: Any = None) -> None:
+def _train(
+    series: Series, objectives: dict[str, Objective], device: str, steps: int, progress: Any = None
+) -> list[TrainResult]:
     config = replace(series.config(next(iter(objectives))), steps=steps)
-    results = train_together(series.start, objectives, config, device=device, progress=progress)
-    for result in results.values():
+    results = []
+    for result in train_together(series.start, objectives, config, device=device, progress=progress).values():
         if isinstance(result, Exception):
             raise result
+        results.append(result)
+    return results
 
 
-def _state_bytes(series: Series, name: str, together: int) -> int:
+def _state_bytes(series: Series, name: str, results: Sequence[TrainResult]) -> int:
     config = series.config(name)
-    tensors = [*series.start.parameters(), *series.start.buffers()]
-    weights = sum(tensor.nbytes for tensor in tensors)
-    # Weights, gradients, two moments, and the average; what of the weights is not trained has less.
-    each = 4 + (config.ema_decay is not None)
-    return weights + together * each * weights
+    weights = sum(tensor.nbytes for tensor in (*series.start.parameters(), *series.start.buffers()))
+    parameters = dict(series.start.named_parameters())
+    # Gradients, two moments, and the average.
+    each, total = 3 + (config.ema_decay is not None), weights
+    for result in results:
+        if result.factors is None:
+            total += weights + each * sum(parameters[key].nbytes for key in selected(series.start, config.trained))
+        else:  # the base is shared
+            total += (1 + each) * sum(factor.nbytes for factors in result.factors.values() for factor in factors)
+    return total
