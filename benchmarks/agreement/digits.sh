@@ -5,7 +5,7 @@
 # operators did to losses in benchmarks/results/unlearning_digits.csv.
 source "$(dirname "$0")/steps.sh" "${1:-runs/agreement/digits}"
 
-base_and_logo digits --network digits --steps 3000
+base_and_logo digits none --network digits --steps 3000
 logo 1
 unlearn_and_score retrack base retrack
 unlearn_and_score capped base retrack --set mode=capped
@@ -14,11 +14,7 @@ unlearn_and_score siss base siss
 unlearn_and_score erasediff base erasediff
 evaluate agreement_digits retrack capped official-loss siss erasediff
 
-# How far each operator gets while the loss on what remains stays within 5 %. ESD and Redirect need classes.
-classes="digits,conditions=labels,null=yes"
-guda-fast train --data "$classes" --network digits --steps 3000 --label-dropout 0.2 --out "$out/base-classes"
+# How far each operator gets while the loss on what remains stays within 5 %.
 unlearn_within retrack base digits
 unlearn_within siss base digits --set share=1
 unlearn_within erasediff base digits --set weight=0.05
-unlearn_within esd base-classes "$classes"
-unlearn_within redirect base-classes "$classes" --set anchors=uniform

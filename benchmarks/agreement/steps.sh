@@ -6,11 +6,15 @@ mkdir -p "$out"
 export OMP_NUM_THREADS=1
 devices=(--device cpu --device cpu)
 
-base_and_logo() { # DATA [options of train]: the base, its queries, and what they score without each group retrained
+base_and_logo() { # DATA LABELS [options of train]: the base, its queries, and what they score without each group retrained
     data=$1
-    guda-fast train --data "$data" --out "$out/base" "${@:2}"
+    guda-fast train --data "$data" --out "$out/base" "${@:3}"
     if [ ! -d "$out/queries" ]; then
-        python -m benchmarks.sample_queries "$out/base" "$out/queries" --count 256
+        local labels=()
+        if [ "$2" != none ]; then
+            labels=(--labels "$2")
+        fi
+        python -m benchmarks.sample_queries "$out/base" "$out/queries" --count 256 "${labels[@]}"
     fi
     logo 0
 }
