@@ -378,12 +378,8 @@ def test_fuzzed_headers(path: Path, tmp_path: Path, data: st.DataObject) -> None
             target = target[key]
     text = json.dumps(pack)
     if isinstance(header.get("__metadata__"), dict):
-        header["__metadata__"] = {
-            "format": "guda_fast.pack",
-            **header["__metadata__"],
-            "pack": text,
-            "hash": text_hash(text),
-        }
+        own = {"pack": text, "hash": text_hash(text)}
+        header["__metadata__"] = {"format": "guda_fast.pack", **header["__metadata__"], **own}
     fuzzed = tmp_path / "fuzzed"
     write_header(fuzzed, header, values)
     message = refusal(lambda: assert_finite(Pack.open(fuzzed)))
