@@ -102,10 +102,19 @@ def test_adapters_made_together_are_a_bank(run, base) -> None:
 
 
 def test_a_run_that_reaches_its_bound_is_finished_and_says_so(run, base) -> None:
-    bound = ("--set", "retain_bound=1.0", "--set", "bound_every=1", "--set", "lr=0.1", "--steps", 5)
+    settings = ("retain_bound=1.5", "bound_every=1", "lr=0.3", "warmup_steps=30")
+    bound = (*(word for setting in settings for word in ("--set", setting)), "--steps", 30)
     code, printed = run(*command(base, "--groups", "3", *bound))
     record = json.loads(Path("models/3/training.json").read_text())
-    assert code == 0 and record["stopped"] and record["steps"] < 5 and f"3: {record['stopped']}" in printed
+    assert code == 0 and record["stopped"] and 0 < record["steps"] < 30 and f"3: {record['stopped']}" in printed
+
+
+def test_a_run_whose_bound_leaves_nothing_but_the_base_has_failed(run, base) -> None:
+    bound = ("--set", "retain_bound=1.0", "--set", "bound_every=1", "--set", "lr=1", "--steps", 5)
+    code, printed = run(*command(base, "--groups", "3", *bound))
+    assert code == 1 and "0 of 1 finished" in printed
+    assert "guda-fast: error: 3: retain loss" in printed and "before any state within it; lower lr" in printed
+    assert not Path("models/3").exists()
 
 
 def test_what_does_not_fit(run, base) -> None:

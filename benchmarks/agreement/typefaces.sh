@@ -9,6 +9,6 @@ fonts="Cabin Regular+Cantarell Regular+Comfortaa Regular+Courier Prime Light+Dej
 fonts+="+GFS Didot Regular+Inconsolata Medium+Kaushan Script Regular+Lato Regular+Lobster Two Bold Italic"
 fonts+="+Old Standard TT Regular"
 
-base_and_logo "typefaces,fonts=$fonts,glyphs=ABCDEFGHIJ,repeats=16,size=16,conditions=font-glyph" 120 --network small --steps 1000
+base_and_logo "typefaces,fonts=$fonts,glyphs=ABCDEFGHIJ,repeats=16,size=16,conditions=font-glyph" 120 --network small --steps 700
 unlearn_and_score redirect base redirect --set anchors=matched --steps 100
 evaluate agreement_typefaces redirect

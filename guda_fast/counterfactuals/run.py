@@ -167,11 +167,14 @@ class Run:
         ratio = self._bound.ratio(self._model(self._given()))
         if ratio <= (self.config.retain_bound or math.inf):
             self._within, self._within_step = [value.clone() for value in self._given()], self.step
-        else:
-            self.stopped = (
-                f"retain loss {ratio:.4g} times the base's at step {self.step}, over the bound of "
-                f"{self.config.retain_bound:g}; the state of step {self._within_step} is given"
-            )
+            return
+        found = (
+            f"retain loss {ratio:.4g} times the base's at step {self.step}, over the bound of "
+            f"{self.config.retain_bound:g}"
+        )
+        if self._within_step == 0:  # what would be given is the base, which scores zero everywhere
+            raise ValueError(f"{found}, before any state within it; lower lr or weight, raise it, or lower bound_every")
+        self.stopped = f"{found}; the state of step {self._within_step} is given"
 
     def result(self, device: torch.device) -> TrainResult:
         """What the run gives in the end, on a device; FloatingPointError where its weights are not finite."""
