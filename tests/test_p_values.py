@@ -23,7 +23,8 @@ def result_of(scores: np.ndarray, groups: list[str], **changes: object) -> Attri
         scores=scores,
         std_error=np.abs(scores),
         std_error_kind="samples",
-        draws=3,
+        draws=np.full(scores.shape, 3, dtype=np.int32),
+        exact=np.full(scores.shape, True),
         error_base=np.ones(count),
         provenance={
             "base_hash": "b",
@@ -67,6 +68,8 @@ def test_other_results_are_joined_by_query_id(scored: Attribution) -> None:
         query_ids=tuple(null.query_ids[row] for row in order),
         scores=null.scores[order],
         std_error=null.std_error[order],
+        draws=null.draws[order],
+        exact=null.exact[order],
         error_base=null.error_base[order],
     )
     np.testing.assert_array_equal(groups.p_values(shuffled), groups.p_values(null))

@@ -27,7 +27,8 @@ def result() -> Attribution:
         scores=scores,
         std_error=np.abs(scores) / 10,
         std_error_kind="samples",
-        draws=99,
+        draws=np.full((2, 3), 99, dtype=np.int32),
+        exact=np.full((2, 3), True),
         error_base=np.array([5.0, 6.0]),
         provenance={"base_hash": "abc", "protocol": {"seed": 42}},
     )
@@ -46,10 +47,11 @@ def test_parquet_round_trip(result, tmp_path, name) -> None:
     file = result.to_parquet(tmp_path / name)
     found = Attribution.from_parquet(tmp_path / name)
     assert file.suffix == ".parquet"
-    for field in ("queries", "query_ids", "groups", "std_error_kind", "draws", "provenance"):
+    for field in ("queries", "query_ids", "groups", "std_error_kind", "provenance"):
         assert getattr(found, field) == getattr(result, field)
     np.testing.assert_array_equal(found.scores, result.scores)
-    np.testing.assert_array_equal(found.std_error, result.std_error)
+    for field in ("std_error", "draws", "exact"):
+        np.testing.assert_array_equal(getattr(found, field), getattr(result, field))
     np.testing.assert_array_equal(found.error_base, result.error_base)
     if name == "scores":
         record = json.loads((tmp_path / name / "run.json").read_text())
@@ -80,7 +82,8 @@ def test_a_wide_csv_is_read_back(result, tmp_path) -> None:
     for field in ("queries", "query_ids", "groups"):
         assert getattr(found, field) == getattr(result, field)
     np.testing.assert_array_equal(found.scores, result.scores)
-    assert np.isnan(found.std_error).all() and np.isnan(found.error_base).all() and found.draws == 0
+    assert np.isnan(found.std_error).all() and np.isnan(found.error_base).all() and not found.draws.any()
+    assert found.considered.all() and not found.exact.any() and not found.estimated.any()
     found.to_parquet(tmp_path / "again")
     np.testing.assert_array_equal(Attribution.from_parquet(tmp_path / "again").scores, result.scores)
 
@@ -132,7 +135,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(write: str, tm
         n, k = 2000, 10
         scores = np.random.default_rng(0).random((n, k))
         result = Attribution(tuple(map(str, range(n))), tuple(range(n)), tuple(map(str, range(k))), scores, scores,
-                             "samples", 1, scores[:, 0])
+                             "samples", np.full((n, k), 1, np.int32), scores > 0, scores[:, 0])
         result.{write}
         before = {{path.name: path.read_bytes() for path in folder.iterdir()}}
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
