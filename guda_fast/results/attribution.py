@@ -96,7 +96,7 @@ class Attribution:
         return estimates
 
     def same_run(self, provenance: Mapping[str, Any], query_ids: Sequence[int]) -> bool:
-        """Whether these are the exact scores of such queries under such models and draws, however they were executed."""
+        """Whether these are exact scores of such queries under such models and draws, however they were executed."""
         fields = ("base_hash", "delta_hashes", "protocol", "precision", "conditions", "latents")
         return (
             self.query_ids == tuple(query_ids)

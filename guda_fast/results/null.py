@@ -26,7 +26,9 @@ def p_values(result: Attribution, controls: Attribution, rows: Sequence[int]) ->
     if np.isinf(scores).any():
         raise ValueError("p_values: scores must be finite, got infinity")
     if not np.isfinite(null).all():
-        raise ValueError("p_values: controls must be finite, got NaN, as of cells that were not considered, or infinity")
+        raise ValueError(
+            "p_values: controls must be finite, got NaN, as of cells that were not considered, or infinity"
+        )
     _check_no_estimates("scores", result)
     _check_no_estimates("controls", controls)
     count = null.shape[1]
@@ -63,7 +65,7 @@ def columns_of(where: str, name: str, groups: Sequence[str], known: tuple[str, .
 
 
 def _check_no_estimates(what: str, result: Attribution) -> None:
-    """Raise ValueError at the first estimate: errors that differ by group leave groups and controls not exchangeable."""
+    """Raise ValueError at the first estimate: with errors of their own, groups and controls do not exchange."""
     found = np.argwhere(result.estimated)
     if len(found):
         row, column = found[0]
@@ -86,4 +88,3 @@ def _check_apart(result: Attribution, controls: Attribution) -> None:
             raise ValueError(
                 f"p_values: controls must not be groups of the scores, got {describe(name)}, which is {same}"
             )
-
