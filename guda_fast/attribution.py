@@ -6,7 +6,6 @@ import platform
 import typing
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -110,10 +109,9 @@ def attribute(
     prepared = prepare(queries, bank, protocol, how, ids=ids, conditions=conditions, latents=latents)
     query_set = prepared.queries
     wanted = None if candidates is None else candidate_cells(candidates, query_set, bank.groups)
-    cost = _Cost.of(estimator, query_set, bank, protocol, wanted)
-    with _progress_bar(progress, cost.most) as bar:
-        report = progress if callable(progress) else None
-        counter = _Counter(cost, bar, report, cancel)
+    most, full = most_forwards(estimator, prepared, wanted), most_forwards(Full(), prepared)
+    with _progress_bar(progress, most) as bar:
+        counter = _Counter(most, full, bar, progress if callable(progress) else None, cancel)
         cells = estimator.run(prepared.engine, query_set, counter, wanted)
         counter.finish()
     row = query_set.row
@@ -129,27 +127,16 @@ def attribute(
         exact=cells.exact[row],
         error_base=cells.base_errors.sum(axis=1)[row],
         base_errors=cells.base_errors[row],
-        provenance={**found, **cells.details, "forwards": {"used": counter.done, "full": cost.full}},
+        provenance={**found, **cells.details, "forwards": {"used": counter.done, "full": full}},
         race_confidence=None if cells.confidence is None else cells.confidence[row],
     )
 
 
-@dataclass(frozen=True)
-class _Cost:
-    """most: forwards that a run may take. full: those of all draws of all cells."""
-
-    most: int
-    full: int
-
-    @classmethod
-    def of(
-        cls, estimator: Estimator, queries: QuerySet, bank: DeltaBank, protocol: Protocol, wanted: BoolArray | None
-    ) -> _Cost:
-        count, groups = len(queries.x0), len(bank.groups)
-        most = estimator.forwards(count, groups, protocol)
-        if wanted is not None:
-            most = min(most, (count + int(wanted.sum())) * protocol.draws)
-        return cls(most, Full().forwards(count, groups, protocol))
+def most_forwards(estimator: Estimator, prepared: Prepared, wanted: BoolArray | None = None) -> int:
+    """Forwards of one row each that a run takes at most; wanted: the candidates, as from ``candidate_cells``."""
+    count, groups, protocol = len(prepared.queries.x0), len(prepared.engine.bank), prepared.engine.protocol
+    most = estimator.forwards(count, groups, protocol)
+    return most if wanted is None else min(most, (count + int(wanted.sum())) * protocol.draws)
 
 
 class _Counter:
@@ -157,12 +144,13 @@ class _Counter:
 
     def __init__(
         self,
-        cost: _Cost,
+        most: int,
+        full: int,
         bar: tqdm[Any] | None,
         report: ProgressCallback | None,
         cancel: Callable[[], bool] | None,
     ) -> None:
-        self.done, self.cost = 0, cost
+        self.done, self.most, self.full = 0, most, full
         self.bar, self.report, self.cancel = bar, report, cancel
 
     def __call__(self, forwards: int) -> None:
@@ -170,9 +158,9 @@ class _Counter:
         if self.bar is not None:
             self.bar.update(forwards)
         if self.report is not None:
-            self.report(self.done, self.cost.most)
+            self.report(self.done, self.most)
         if self.cancel is not None and self.cancel():
-            raise CancelledError(f"attribute: cancelled after {self.done} of {self.cost.most} forwards")
+            raise CancelledError(f"attribute: cancelled after {self.done} of {self.most} forwards")
 
     def racing(self, alive: int, cells: int) -> None:
         """Show how many cells are still in the race, and which share of the forwards of all cells was taken so far.
@@ -180,11 +168,11 @@ class _Counter:
         A race calls this after each round, where what it reports forwards to has it.
         """
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{alive:,} of {cells:,} cells race, {self.done / self.cost.full:.1%} of full")
+            self.bar.set_postfix_str(f"{alive:,} of {cells:,} cells race, {self.done / self.full:.1%} of full")
 
     def finish(self) -> None:
         """Tell that this was all, where a run needed less than it might have."""
-        if self.done >= self.cost.most:
+        if self.done >= self.most:
             return
         if self.bar is not None:
             self.bar.total = self.done

@@ -172,7 +172,8 @@ def _estimates(name: str, result: Attribution) -> list[str]:
     share = float(result.estimated.mean())
     if share == 0:
         return []
-    return [
+    note = (
         f"{100 * share:.3g} % of the scores of {name} are estimates, made to tell each query's top groups: metrics of "
         "the whole order include their errors."
-    ]
+    )
+    return [note]
