@@ -1,6 +1,7 @@
-"""How the exact score is reached: every draw (Full); racing comes later."""
+"""How scores are reached: every draw of every cell (Full), or as few as a decision takes (Racing, Budget)."""
 
 from guda_fast.estimators.cells import Cells
+from guda_fast.estimators.differences import ArrayDifferences, Differences, EngineDifferences
 from guda_fast.estimators.full import Full
 
-__all__ = ["Cells", "Full"]
+__all__ = ["ArrayDifferences", "Cells", "Differences", "EngineDifferences", "Full"]
