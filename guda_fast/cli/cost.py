@@ -73,19 +73,26 @@ def _forwards(asked: Estimating, prepared: Prepared) -> _Forwards:
     most = most_forwards(asked.estimator, prepared, wanted)
     if not isinstance(asked.estimator, Racing):
         return _Forwards(most, most)
-    count, groups = len(query_set.x0), len(engine.bank)
+    groups = len(engine.bank)
+    pilot = _stored_pilot(asked.estimator, engine)
+    known = set() if pilot is None else set(pilot.sample.ids.tolist())
+    count = sum(number not in known for number in query_set.ids)  # a stored pilot's queries cost nothing
     least = min(most, asked.estimator.least(count, groups, protocol))
-    a_query = _forwards_of_pilot(asked.estimator, engine) if wanted is None else None
+    a_query = None if pilot is None or wanted is not None else _forwards_of_pilot(asked.estimator, pilot, groups)
     return _Forwards(least, most, None if a_query is None else round(min(max(least, count * a_query), most)))
 
 
-def _forwards_of_pilot(race: Racing, engine: Engine) -> float | None:
-    """Forwards that a query of the stored pilot would take, where it has all groups of them."""
+def _stored_pilot(race: Racing, engine: Engine) -> Pilot | None:
     if race.pilot_file is None or not race.pilot_file.exists():
         return None
     pilot = Pilot.load(race.pilot_file)
     pilot.check_identity(identity_of(engine.bank, engine.protocol, engine.precision.name))
-    differences, groups = pilot.sample.complete().differences, len(engine.bank)
+    return pilot
+
+
+def _forwards_of_pilot(race: Racing, pilot: Pilot, groups: int) -> float | None:
+    """Forwards that a query of the pilot would take, where it has all groups of them."""
+    differences = pilot.sample.complete().differences
     if len(differences) != pilot.queries * groups:
         return None
     source = ArrayDifferences(differences.reshape(pilot.queries, groups, -1))

@@ -19,25 +19,12 @@ if TYPE_CHECKING:
     from guda_fast.attribution import Estimator
     from guda_fast.candidates import Candidates
 
-NAMES = ("full", "racing", "budget")
-_OF = {
-    "confidence": ("racing",),
-    "max_draws": ("racing",),
-    "finalists": ("racing",),
-    "tree": ("racing",),
-    "pilot": ("racing", "budget"),
-    "pilot_queries": ("racing", "budget"),
-    "forwards": ("budget",),
-}
-"""The estimators that an option is one of."""
+NAMES = ("full", "racing")
+_OF_RACING = ("confidence", "max_draws", "finalists", "pilot", "pilot_queries")
 _PRINTED = 3
 
 EstimatorOption = Annotated[
-    str,
-    typer.Option(
-        help="full: every draw of every cell. racing: as few as decide the top groups with --confidence. budget: what "
-        "--forwards allow."
-    ),
+    str, typer.Option(help="full: every draw of every cell. racing: as few as decide the top groups with --confidence.")
 ]
 ConfidenceOption = Annotated[
     float | None, typer.Option(help="Of racing: that a query's top groups are those of the full run. [0.99]")
@@ -49,14 +36,11 @@ FinalistsOption = Annotated[
 PilotOption = Annotated[
     Path | None,
     typer.Option(
-        help="Of racing and budget: the file of a pilot, which is read where it is there, and else written for later "
+        help="Of racing: the file of a pilot, which is read where it is there, and else written for later "
         "runs with the same base, groups and protocol."
     ),
 ]
-PilotQueriesOption = Annotated[
-    int | None, typer.Option(help="Of racing and budget: queries of a new pilot. [16]", min=1)
-]
-ForwardsOption = Annotated[int | None, typer.Option(help="Of budget: forwards that may be run.", min=1)]
+PilotQueriesOption = Annotated[int | None, typer.Option(help="Of racing: queries of a new pilot. [16]", min=1)]
 CandidatesOption = Annotated[
     Path | None,
     typer.Option(
@@ -67,14 +51,10 @@ CandidatesOption = Annotated[
 CandidatesTopOption = Annotated[
     int | None, typer.Option(help="Only that many highest groups of the scores in --candidates.", min=1)
 ]
-TreeOption = Annotated[
-    Path | None,
-    typer.Option(help='Of racing: JSON, {"parent": ["child", ...]}; children race where their parent is not dropped.'),
-]
 TopOption = Annotated[
     int | None,
     typer.Option(
-        help="Groups to print a query, and to race for. [3; of racing and budget 1]",
+        help="Groups to print a query, and to race for. [3; of racing 1]",
         min=1,
     ),
 ]
@@ -97,12 +77,10 @@ class Estimating:
         name = options["estimator"]
         if name not in NAMES:
             raise ValueError(f"--estimator: must be one of {', '.join(NAMES)}, got {name!r}")
-        for option, owners in _OF.items():
-            if options[option] is not None and name not in owners:
-                wanted = " or ".join(f"--estimator {owner}" for owner in owners)
-                raise ValueError(f"--{option.replace('_', '-')}: must come with {wanted}, got --estimator {name}")
-        if name == "budget" and options["forwards"] is None:
-            raise ValueError("--estimator: budget must come with --forwards, got none")
+        for option in _OF_RACING:
+            if options[option] is not None and name != "racing":
+                flag = f"--{option.replace('_', '-')}"
+                raise ValueError(f"{flag}: must come with --estimator racing, got --estimator {name}")
         candidates = _candidates(options["candidates"], options["candidates_top"])
         top = options["top"] or (_PRINTED if name == "full" else 1)
         return cls(_estimator(name, options, top), candidates, top)
@@ -129,22 +107,9 @@ def _estimator(name: str, options: Mapping[str, Any], top: int) -> Estimator:
         "confidence": options["confidence"],
         "max_draws": options["max_draws"],
         "finalists": options["finalists"],
-        "tree": None if options["tree"] is None else _tree(options["tree"]),
-        "forwards": options["forwards"],
     }
     chosen: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
-    if name == "racing":
-        return Racing(top=top, **chosen)
-    from guda_fast.estimators import Budget
-
-    return Budget(top=top, **chosen)
-
-
-def _tree(path: Path) -> dict[str, list[str]]:
-    found = read_object(path)
-    for parent, children in found.items():
-        _check_names(path, parent, children)
-    return found
+    return Racing(top=top, **chosen)
 
 
 def _candidates(path: Path | None, count: int | None) -> Candidates | None:

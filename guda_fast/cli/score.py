@@ -21,12 +21,10 @@ from guda_fast.cli.estimating import (
     Estimating,
     EstimatorOption,
     FinalistsOption,
-    ForwardsOption,
     MaxDrawsOption,
     PilotOption,
     PilotQueriesOption,
     TopOption,
-    TreeOption,
     summary,
 )
 from guda_fast.cli.named import all_sources, in_full, sources_in
@@ -101,10 +99,8 @@ def score(
     finalists: FinalistsOption = None,
     pilot: PilotOption = None,
     pilot_queries: PilotQueriesOption = None,
-    forwards: ForwardsOption = None,
     candidates: CandidatesOption = None,
     candidates_top: CandidatesTopOption = None,
-    tree: TreeOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the cost only.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a result that is in --out already.")] = False,
     config: Annotated[
