@@ -93,7 +93,7 @@ class Tree:
                 if group not in index:
                     raise ValueError(f"Tree: children must name groups of the bank, got {group!r}")
             below[index[name], [index[child] for child in names]] = True
-        return below.any(axis=1), below
+        return np.asarray(below.any(axis=1)), below
 
 
 def _joined(first: Cells, second: Cells) -> Cells:
