@@ -23,7 +23,7 @@ from guda_fast.errors import (
     CheckpointError,
     PrecisionError,
 )
-from guda_fast.estimators import Full
+from guda_fast.estimators import Full, Racing
 from guda_fast.ops import add_noise, denoising_error
 from guda_fast.prepare import precision_audit
 from guda_fast.results import Attribution
@@ -42,6 +42,7 @@ __all__ = [
     "Pack",
     "PrecisionError",
     "Protocol",
+    "Racing",
     "Schedule",
     "Source",
     "TextEncoder",

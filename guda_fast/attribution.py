@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import typing
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -12,19 +13,34 @@ from tqdm import tqdm
 
 from guda_fast._validate import describe
 from guda_fast._version import __version__
+from guda_fast.candidates import BoolArray, Candidates, candidate_cells
 from guda_fast.datasets.conditions import ConditionSource
 from guda_fast.datasets.latents import Latents
-from guda_fast.datasets.queries import QuerySource
+from guda_fast.datasets.queries import QuerySet, QuerySource
 from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion import Protocol
 from guda_fast.diffusion.conditions import flat
 from guda_fast.errors import CancelledError
-from guda_fast.estimators import Full
+from guda_fast.estimators import Cells, Full
+from guda_fast.forward import Advance, Engine
 from guda_fast.prepare import Execution, Prepared, prepare
 from guda_fast.results import Attribution
 
 ProgressCallback = Callable[[int, int], object]
-"""Called with (forwards done, forwards in all)."""
+"""Called with (forwards done, forwards in all); in all is the most that there may be until the run has ended."""
+
+
+@typing.runtime_checkable
+class Estimator(typing.Protocol):
+    """How scores are reached: `Full` or `Racing`."""
+
+    def forwards(self, queries: int, groups: int, protocol: Protocol) -> int:
+        """Forwards of one row each that a run takes at most."""
+        ...
+
+    def run(self, engine: Engine, queries: QuerySet, advance: Advance, candidates: BoolArray | None = None) -> Cells:
+        """Scores of the distinct queries under the candidates [(U, K), bool; all by default]."""
+        ...
 
 
 def attribute(
@@ -34,7 +50,8 @@ def attribute(
     *,
     conditions: ConditionSource | None = None,
     latents: Latents | None = None,
-    estimator: Full | None = None,
+    estimator: Estimator | None = None,
+    candidates: Candidates | None = None,
     ids: Sequence[int] | None = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
@@ -62,7 +79,11 @@ def attribute(
         ``gf.TextEncoder(folder)(prompts)``; class labels [N, integers]; or tensors with one row a query, by the name of
         the model's argument, as ``{"encoder_hidden_states": ...}``.
     latents: makes the x0 of a latent model of images, as ``gf.Latents(folder)``; without it queries are x0 themselves.
-    estimator: how the score is reached [Full() by default].
+    estimator: how the score is reached, as ``gf.Racing(top=1, confidence=0.99)``, whose cells may be estimates: see
+        ``Attribution.exact`` [Full() by default].
+    candidates: the groups that each query is scored under, at least one: names in the order of the queries or by the
+        query's name, bools [(N, K)], or a result whose cells they are, joined by query id, as
+        ``result.candidates(20)``. Other cells have no score. [all by default]
     ids: query ids instead of hashes of content and condition [N, 0..2^64-1].
     batch_size: rows a forward [>= 1; see `guda_fast.forward.Engine`]. device: [CUDA where there is one].
     precision: of the forwards ["fp64", "fp32", "bf16"; "tf32" and "fp16" on CUDA; "auto": the fastest one that passes].
@@ -78,7 +99,7 @@ def attribute(
     Source: GUDA (arXiv 2601.22651), eq. for the delta-ELBO score; docs/scores.md.
     """
     estimator = Full() if estimator is None else estimator
-    if not isinstance(estimator, Full):
+    if isinstance(estimator, type) or not isinstance(estimator, Estimator):
         raise TypeError(f"attribute: estimator must be an estimator such as Full(), got {describe(estimator)}")
     if not (isinstance(progress, bool) or callable(progress)):
         raise TypeError(f"attribute: progress must be a bool or a callback, got {describe(progress)}")
@@ -87,11 +108,14 @@ def attribute(
     how = Execution(batch_size, device, precision, plan, compiled, allow_lossy)
     prepared = prepare(queries, bank, protocol, how, ids=ids, conditions=conditions, latents=latents)
     query_set = prepared.queries
-    total = estimator.forwards(len(query_set.x0), len(bank.groups), protocol)
-    with _progress_bar(progress, total) as bar:
-        report = progress if callable(progress) else None
-        cells = estimator.run(prepared.engine, query_set, _Counter(total, bar, report, cancel))
+    wanted = None if candidates is None else candidate_cells(candidates, query_set, bank.groups)
+    most, full = most_forwards(estimator, prepared, wanted), most_forwards(Full(), prepared)
+    with _progress_bar(progress, most) as bar:
+        counter = _Counter(most, full, bar, progress if callable(progress) else None, cancel)
+        cells = estimator.run(prepared.engine, query_set, counter, wanted)
+        counter.finish()
     row = query_set.row
+    found = provenance(bank, protocol, prepared, latents)
     return Attribution(
         queries=query_set.names,
         query_ids=query_set.query_ids,
@@ -99,11 +123,20 @@ def attribute(
         scores=cells.scores[row],
         std_error=cells.std_error[row],
         std_error_kind=cells.std_error_kind,
-        draws=protocol.draws,
+        draws=cells.draws[row],
+        exact=cells.exact[row],
         error_base=cells.base_errors.sum(axis=1)[row],
         base_errors=cells.base_errors[row],
-        provenance=provenance(bank, protocol, prepared, latents),
+        provenance={**found, **cells.details, "forwards": {"used": counter.done, "full": full}},
+        race_confidence=None if cells.confidence is None else cells.confidence[row],
     )
+
+
+def most_forwards(estimator: Estimator, prepared: Prepared, wanted: BoolArray | None = None) -> int:
+    """Forwards of one row each that a run takes at most; wanted: the candidates, as from ``candidate_cells``."""
+    count, groups, protocol = len(prepared.queries.x0), len(prepared.engine.bank), prepared.engine.protocol
+    most = estimator.forwards(count, groups, protocol)
+    return most if wanted is None else min(most, (count + int(wanted.sum())) * protocol.draws)
 
 
 class _Counter:
@@ -111,12 +144,13 @@ class _Counter:
 
     def __init__(
         self,
-        total: int,
+        most: int,
+        full: int,
         bar: tqdm[Any] | None,
         report: ProgressCallback | None,
         cancel: Callable[[], bool] | None,
     ) -> None:
-        self.done, self.total = 0, total
+        self.done, self.most, self.full = 0, most, full
         self.bar, self.report, self.cancel = bar, report, cancel
 
     def __call__(self, forwards: int) -> None:
@@ -124,9 +158,27 @@ class _Counter:
         if self.bar is not None:
             self.bar.update(forwards)
         if self.report is not None:
-            self.report(self.done, self.total)
+            self.report(self.done, self.most)
         if self.cancel is not None and self.cancel():
-            raise CancelledError(f"attribute: cancelled after {self.done} of {self.total} forwards")
+            raise CancelledError(f"attribute: cancelled after {self.done} of {self.most} forwards")
+
+    def racing(self, alive: int, cells: int) -> None:
+        """Show how many cells are still in the race, and which share of the forwards of all cells was taken so far.
+
+        A race calls this after each round, where what it reports forwards to has it.
+        """
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{alive:,} of {cells:,} cells race, {self.done / self.full:.1%} of full")
+
+    def finish(self) -> None:
+        """Tell that this was all, where a run needed less than it might have."""
+        if self.done >= self.most:
+            return
+        if self.bar is not None:
+            self.bar.total = self.done
+            self.bar.refresh()
+        if self.report is not None:
+            self.report(self.done, self.done)
 
 
 def _progress_bar(progress: bool | ProgressCallback, total: int) -> Any:

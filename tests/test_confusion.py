@@ -157,6 +157,14 @@ def test_a_query_that_was_scored_twice_counts_once() -> None:
     assert tables[0] == tables[1] and tables[0].rows[0].top == 0.5
 
 
+def test_cells_that_were_not_considered_do_not_count() -> None:
+    names = [f"control-{index}" for index in range(19)]
+    scores = np.array([[np.nan, 0.5], [9.0, 0.0], [-1.0, np.nan]])
+    found = result_of(np.hstack([scores, np.ones((3, 19))]), ["cat", "dog", *names]).with_p_values(names)
+    (row,) = significance({"GUDA": found}).rows
+    assert (row.cells, row.top) == (1 / 4, 1 / 3)
+
+
 def test_the_report_says_what_its_intervals_do_not_hold() -> None:
     rng = np.random.default_rng(0)
     seeds = [rng.normal(size=(5, 3)) for _ in range(3)]

@@ -50,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_leaves_models_scores_and_a_figure(finished: Path) -> None:
     scores = gf.Attribution.from_parquet(finished / "scores")
-    assert scores.groups == tuple("0123456789") and len(scores) == 3 and scores.draws == 99
+    assert scores.groups == tuple("0123456789") and len(scores) == 3 and (scores.draws == 99).all()
     assert np.isfinite(scores.scores).all() and (scores.std_error > 0).all()
     assert len(gf.Attribution.from_parquet(finished / "logo_scores")) == 3
     assert len(list((finished / "models").glob("*/[0-9]/training.json"))) == 20

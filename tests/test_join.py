@@ -22,6 +22,8 @@ def rows(result, order):
         queries=tuple(result.queries[row] for row in order),
         query_ids=tuple(result.query_ids[row] for row in order),
         scores=result.scores[order],
+        draws=result.draws[order],
+        exact=result.exact[order],
     )
 
 
@@ -58,9 +60,27 @@ def test_what_is_missing_where_is_named(logo) -> None:
 
 
 def test_scores_that_are_not_finite_are_named(logo) -> None:
-    bad = replace(logo, scores=np.where(logo.scores == 4, np.nan, logo.scores))
-    with pytest.raises(ValueError, match="^GUDA: join: scores must be finite, got nan at query 1, group 1"):
+    bad = replace(logo, scores=np.where(logo.scores == 4, np.inf, logo.scores))
+    with pytest.raises(ValueError, match="^GUDA: join: scores must be finite, got inf at query 1, group 1"):
         join({"LOGO": logo, "GUDA": bad})
+
+
+def test_cells_that_were_not_considered_are_named(logo) -> None:
+    sparse = replace(logo, scores=np.where(logo.scores % 6 == 4, np.nan, logo.scores))
+    message = r"^GUDA: must have a score of every query .* found none of 1\.png under dog \(and 1 more cells\)$"
+    with pytest.raises(ValueError, match=message):
+        join({"LOGO": logo, "GUDA": sparse})
+    with pytest.raises(ValueError, match="^subsets: must have a score of every query under every group"):
+        join({"LOGO": logo}).rows_of("subsets", sparse)
+    assert join({"LOGO": logo.select(["cat", "owl"]), "GUDA": sparse.select(["cat", "owl"])}).notes == ()
+
+
+def test_estimates_are_compared_and_noted(logo) -> None:
+    raced = replace(logo, exact=logo.scores >= 3)
+    found = join({"LOGO": logo, "GUDA": raced})
+    np.testing.assert_array_equal(found.scores["GUDA"], logo.scores)
+    (note,) = found.notes
+    assert note.startswith("25 % of the scores of GUDA are estimates, made to tell each query's top groups")
 
 
 def test_another_base_or_protocol_is_noted(logo) -> None:

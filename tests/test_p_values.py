@@ -23,7 +23,8 @@ def result_of(scores: np.ndarray, groups: list[str], **changes: object) -> Attri
         scores=scores,
         std_error=np.abs(scores),
         std_error_kind="samples",
-        draws=3,
+        draws=np.full(scores.shape, 3, dtype=np.int32),
+        exact=np.full(scores.shape, True),
         error_base=np.ones(count),
         provenance={
             "base_hash": "b",
@@ -67,6 +68,8 @@ def test_other_results_are_joined_by_query_id(scored: Attribution) -> None:
         query_ids=tuple(null.query_ids[row] for row in order),
         scores=null.scores[order],
         std_error=null.std_error[order],
+        draws=null.draws[order],
+        exact=null.exact[order],
         error_base=null.error_base[order],
     )
     np.testing.assert_array_equal(groups.p_values(shuffled), groups.p_values(null))
@@ -168,3 +171,24 @@ def test_the_controls_models_are_recorded(scored: Attribution) -> None:
     for found in (scored.with_p_values(CONTROLS), groups.with_p_values(scored.select(CONTROLS))):
         assert found.provenance["control_hashes"] == {name: f"#{name}" for name in CONTROLS}
         assert set(found.provenance["delta_hashes"]) == {"cat", "dog", "owl"}
+
+
+def test_cells_that_were_not_considered_have_no_p_value(scored: Attribution) -> None:
+    missing = np.zeros(scored.scores.shape, dtype=bool)
+    missing[2, 0] = missing[4, 7] = True  # of cat and owl
+    sparse = replace(scored, scores=np.where(missing, np.nan, scored.scores), exact=~missing)
+    found = sparse.with_p_values(CONTROLS)
+    expected = scored.p_values(CONTROLS)
+    expected[2, 0] = expected[4, 2] = np.nan
+    np.testing.assert_array_equal(found.p_value, expected)
+    missing[1, 3] = True  # of a control
+    with pytest.raises(ValueError, match="p_values: controls must be finite, got NaN, as of cells that were not"):
+        replace(scored, scores=np.where(missing, np.nan, scored.scores)).p_values(CONTROLS)
+
+
+@pytest.mark.parametrize(("column", "what", "name"), [(2, "scores", "dog"), (3, "controls", "control-1")])
+def test_estimates_have_no_p_values(scored: Attribution, column: int, what: str, name: str) -> None:
+    exact = scored.exact.copy()
+    exact[3, column] = False
+    with pytest.raises(ValueError, match=rf"p_values: {what} must be exact, got an estimate of '{name}' for 3\.png"):
+        replace(scored, exact=exact).p_values(CONTROLS)

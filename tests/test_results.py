@@ -7,10 +7,12 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from guda_fast import Attribution
@@ -27,7 +29,8 @@ def result() -> Attribution:
         scores=scores,
         std_error=np.abs(scores) / 10,
         std_error_kind="samples",
-        draws=99,
+        draws=np.full((2, 3), 99, dtype=np.int32),
+        exact=np.full((2, 3), True),
         error_base=np.array([5.0, 6.0]),
         provenance={"base_hash": "abc", "protocol": {"seed": 42}},
     )
@@ -46,10 +49,11 @@ def test_parquet_round_trip(result, tmp_path, name) -> None:
     file = result.to_parquet(tmp_path / name)
     found = Attribution.from_parquet(tmp_path / name)
     assert file.suffix == ".parquet"
-    for field in ("queries", "query_ids", "groups", "std_error_kind", "draws", "provenance"):
+    for field in ("queries", "query_ids", "groups", "std_error_kind", "provenance"):
         assert getattr(found, field) == getattr(result, field)
     np.testing.assert_array_equal(found.scores, result.scores)
-    np.testing.assert_array_equal(found.std_error, result.std_error)
+    for field in ("std_error", "draws", "exact"):
+        np.testing.assert_array_equal(getattr(found, field), getattr(result, field))
     np.testing.assert_array_equal(found.error_base, result.error_base)
     if name == "scores":
         record = json.loads((tmp_path / name / "run.json").read_text())
@@ -80,7 +84,8 @@ def test_a_wide_csv_is_read_back(result, tmp_path) -> None:
     for field in ("queries", "query_ids", "groups"):
         assert getattr(found, field) == getattr(result, field)
     np.testing.assert_array_equal(found.scores, result.scores)
-    assert np.isnan(found.std_error).all() and np.isnan(found.error_base).all() and found.draws == 0
+    assert np.isnan(found.std_error).all() and np.isnan(found.error_base).all() and not found.draws.any()
+    assert found.considered.all() and not found.exact.any() and not found.estimated.any()
     found.to_parquet(tmp_path / "again")
     np.testing.assert_array_equal(Attribution.from_parquet(tmp_path / "again").scores, result.scores)
 
@@ -132,7 +137,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(write: str, tm
         n, k = 2000, 10
         scores = np.random.default_rng(0).random((n, k))
         result = Attribution(tuple(map(str, range(n))), tuple(range(n)), tuple(map(str, range(k))), scores, scores,
-                             "samples", 1, scores[:, 0])
+                             "samples", np.full((n, k), 1, np.int32), scores > 0, scores[:, 0])
         result.{write}
         before = {{path.name: path.read_bytes() for path in folder.iterdir()}}
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
@@ -172,3 +177,86 @@ def test_a_byte_order_mark_and_empty_lines_are_read_over(result, tmp_path) -> No
     found = Attribution.from_csv(tmp_path / "wide.csv")
     assert (found.queries, found.query_ids, found.groups) == (result.queries, result.query_ids, result.groups)
     np.testing.assert_array_equal(found.scores, result.scores)
+
+
+@pytest.fixture
+def sparse(result) -> Attribution:
+    """An estimate, cells that were not considered, and what a race claims."""
+    missing = np.array([[False, True, False], [False, False, True]])
+    return replace(
+        result,
+        scores=np.where(missing, np.nan, result.scores),
+        std_error=np.where(missing, np.nan, result.std_error),
+        draws=np.array([[99, 0, 12], [3, 99, 0]], dtype=np.int32),
+        exact=np.array([[True, False, False], [False, True, False]]),
+        error_base=np.array([5.0, np.nan]),
+        p_value=np.where(missing, np.nan, 0.25),
+        race_confidence=np.array([0.99, 0.995]),
+    )
+
+
+def test_sparse_results_are_written_without_the_cells_that_are_not_there(sparse, tmp_path) -> None:
+    frame = pd.read_parquet(sparse.to_parquet(tmp_path))
+    assert frame["group"].tolist() == ["cat", "Van Gogh", "cat", "dog"]
+    assert frame["draws"].tolist() == [99, 12, 3, 99] and frame["exact"].tolist() == [True, False, False, True]
+    assert tuple(frame.columns) == (*COLUMNS, "p_value", "race_confidence")
+    pd.testing.assert_frame_equal(frame, sparse.to_pandas())
+    found = Attribution.from_parquet(tmp_path)
+    for name in ("scores", "std_error", "draws", "exact", "error_base", "p_value", "race_confidence"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(sparse, name))
+        assert getattr(found, name).dtype == getattr(sparse, name).dtype
+    assert (found.queries, found.query_ids, found.groups) == (sparse.queries, sparse.query_ids, sparse.groups)
+    assert found.provenance == sparse.provenance
+    np.testing.assert_array_equal(found.estimated, [[False, False, True], [True, False, False]])
+
+
+def test_a_wide_csv_leaves_them_empty(sparse, tmp_path) -> None:
+    sparse.to_csv(tmp_path / "wide.csv")
+    lines = (tmp_path / "wide.csv").read_text().splitlines()
+    assert lines[1].endswith("7,1.0,,3.0") and lines[2].endswith(",-0.1,1e-17,")
+    np.testing.assert_array_equal(Attribution.from_csv(tmp_path / "wide.csv").scores, sparse.scores)
+
+
+def test_cells_that_are_not_there_have_no_rank(sparse) -> None:
+    assert [[entry.group for entry in row] for row in sparse.top(3)] == [["Van Gogh", "cat"], ["dog", "cat"]]
+    assert [entry.exact for entry in sparse.top(3)[0]] == [False, True]
+    assert repr(sparse) == "Attribution(2 queries x 3 groups (4 cells), 3 to 99 draws a cell)"
+
+
+def test_the_same_query_twice_is_read_as_two(sparse, tmp_path) -> None:
+    """Neighbours that are the same in all columns but for where their groups begin again."""
+    twice = replace(sparse, queries=("a", "a"), query_ids=(7, 7), scores=sparse.scores[[0, 0]], error_base=np.ones(2))
+    found = Attribution.from_parquet(twice.to_parquet(tmp_path))
+    np.testing.assert_array_equal(found.scores, twice.scores)
+
+
+def test_a_query_without_any_cell_cannot_be_written(sparse, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"to_arrow: every query must have a score, got none for ü,\.png"):
+        sparse.select(["Van Gogh"]).to_parquet(tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_files_with_rows_missing_or_moved_are_refused(sparse, tmp_path) -> None:
+    table = sparse.to_arrow()
+    for rows in ([0, 1, 2], [0, 1], [1, 0, 2, 3], [0, 2, 1, 3], [2, 3, 0]):
+        pq.write_table(table.take(rows), tmp_path / "s.parquet")
+        with pytest.raises(ValueError, match="in another order than they were written in, or not all of them"):
+            Attribution.from_parquet(tmp_path / "s.parquet")
+
+
+def test_files_of_earlier_versions_are_read(result, tmp_path) -> None:
+    """Those did not say how many cells they have, which was all of them."""
+    table = result.to_arrow()
+    record = json.loads(table.schema.metadata[b"guda_fast"])
+    del record["cells"]
+    pq.write_table(table.replace_schema_metadata({"guda_fast": json.dumps(record)}), tmp_path / "s.parquet")
+    found = Attribution.from_parquet(tmp_path / "s.parquet")
+    np.testing.assert_array_equal(found.scores, result.scores)
+    np.testing.assert_array_equal(found.draws, result.draws)
+    assert found.provenance == result.provenance and found.exact.all()
+
+
+def test_a_result_with_estimates_is_not_the_exact_run(result, sparse) -> None:
+    complete = replace(result, exact=np.array([[True, True, True], [True, False, True]]))
+    assert not complete.same_run(result.provenance, result.query_ids)
+    assert not sparse.same_run(result.provenance, result.query_ids)

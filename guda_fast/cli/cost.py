@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from guda_fast.attribution import most_forwards
+from guda_fast.candidates import candidate_cells
+from guda_fast.cli.estimating import Estimating
 from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion import Protocol
-from guda_fast.estimators import Full
+from guda_fast.estimators import ArrayDifferences, Pilot, Racing
+from guda_fast.estimators.racing import identity_of
 from guda_fast.forward import Choice, Engine
 from guda_fast.prepare import Execution, Prepared, prepare
 
 
-def print_cost(queries: Path, bank: DeltaBank, protocol: Protocol, how: Execution, **given: Any) -> None:
+def print_cost(
+    queries: Path, bank: DeltaBank, protocol: Protocol, how: Execution, asked: Estimating, **given: Any
+) -> None:
     """Check the inputs as a run would, measure a few forwards, and print forwards, FLOPs, memory, time and plan.
 
     given: ``conditions`` and ``latents``, as for attribute()
@@ -22,22 +29,75 @@ def print_cost(queries: Path, bank: DeltaBank, protocol: Protocol, how: Executio
     prepared = prepare(queries, bank, protocol, how, **given)
     engine, query_set = prepared.engine, prepared.queries
     models, rows = len(bank) + 1, len(query_set.x0) * protocol.draws
-    forwards = Full().forwards(len(query_set.x0), len(bank), protocol)
+    forwards = _forwards(asked, prepared)
     choice = engine.choose(models, rows)
+    seconds = engine.seconds(choice, models, rows) / (models * rows)  # a row
     lines = {
         "queries": f"{len(query_set)} ({len(query_set.x0)} distinct)",
         "groups": str(len(bank)),
         "draws": f"{protocol.draws} ({len(protocol.timesteps)} timesteps x {protocol.samples} samples)",
-        "forwards": f"{forwards:,} rows in batches of {engine.batches.size} on {engine.device}",
-        "FLOPs": f"{engine.flop * forwards:.3g} ({engine.flop / 1e6:.3g} M a forward)",
+        "forwards": f"{forwards.text('{:,}')} rows in batches of {engine.batches.size} on {engine.device}",
+        "FLOPs": f"{forwards.text('{:.3g}', engine.flop)} ({engine.flop / 1e6:.3g} M a forward)",
         "deltas": f"{_mebibytes(sum(survey.bytes for survey in bank.survey().values()))} for all groups",
         "memory": _memory(engine, choice),
         "precision": _precision(prepared),
         "plan": f"{choice.plan}: {choice.reason}",
-        "time": f"about {engine.seconds(choice, models, rows):.3g} s",
+        "time": f"about {forwards.text('{:.3g}', seconds)} s",
     }
     for name, value in lines.items():
         typer.echo(f"{name:<12} {value}")
+
+
+@dataclass(frozen=True)
+class _Forwards:
+    """least, most: forwards that a run takes. expected: as its pilot's queries would; None without a stored pilot."""
+
+    least: int
+    most: int
+    expected: int | None = None
+
+    def text(self, form: str, each: float = 1) -> str:
+        """What so many cost at ``each``."""
+        least, most = form.format(each * self.least), form.format(each * self.most)
+        if self.least == self.most:
+            return most
+        expected = "" if self.expected is None else f"{form.format(each * self.expected)} expected, "
+        return f"{expected}{least} to {most}"
+
+
+def _forwards(asked: Estimating, prepared: Prepared) -> _Forwards:
+    query_set, engine, protocol = prepared.queries, prepared.engine, prepared.engine.protocol
+    wanted = None
+    if asked.candidates is not None:
+        wanted = candidate_cells(asked.candidates, query_set, engine.bank.groups)
+    most = most_forwards(asked.estimator, prepared, wanted)
+    if not isinstance(asked.estimator, Racing):
+        return _Forwards(most, most)
+    groups = len(engine.bank)
+    pilot = _stored_pilot(asked.estimator, engine)
+    known = set() if pilot is None else set(pilot.sample.ids.tolist())
+    count = sum(number not in known for number in query_set.ids)  # a stored pilot's queries cost nothing
+    least = min(most, asked.estimator.least(count, groups, protocol))
+    a_query = None if pilot is None or wanted is not None else _forwards_of_pilot(asked.estimator, pilot, groups)
+    return _Forwards(least, most, None if a_query is None else round(min(max(least, count * a_query), most)))
+
+
+def _stored_pilot(race: Racing, engine: Engine) -> Pilot | None:
+    if race.pilot_file is None or not race.pilot_file.exists():
+        return None
+    pilot = Pilot.load(race.pilot_file)
+    pilot.check_identity(identity_of(engine.bank, engine.protocol, engine.precision.name))
+    return pilot
+
+
+def _forwards_of_pilot(race: Racing, pilot: Pilot, groups: int) -> float | None:
+    """Forwards that a query of the pilot would take, where it has all groups of them."""
+    differences = pilot.sample.complete().differences
+    if len(differences) != pilot.queries * groups:
+        return None
+    source = ArrayDifferences(differences.reshape(pilot.queries, groups, -1))
+    replace(race, pilot=pilot, pilot_file=None).replay(source)
+    return source.forwards / pilot.queries
 
 
 def _memory(engine: Engine, choice: Choice) -> str:

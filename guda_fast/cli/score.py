@@ -14,6 +14,19 @@ from typing import Annotated, Any
 import typer
 
 from guda_fast.cli.controls import CONTROL_NAMES, control_names
+from guda_fast.cli.estimating import (
+    CandidatesOption,
+    CandidatesTopOption,
+    ConfidenceOption,
+    Estimating,
+    EstimatorOption,
+    FinalistsOption,
+    MaxDrawsOption,
+    PilotOption,
+    PilotQueriesOption,
+    TopOption,
+    summary,
+)
 from guda_fast.cli.named import all_sources, in_full, sources_in
 from guda_fast.deltas.sources import Source
 from guda_fast.results import CONTROLS, RECORD, WIDE, Attribution, RankedGroup
@@ -79,7 +92,15 @@ def score(
     allow_lossy: Annotated[
         bool, typer.Option("--allow-lossy", help="Go on where the precision gives other scores than fp32.")
     ] = False,
-    top: Annotated[int, typer.Option(help="Groups to print a query.", min=1)] = 3,
+    top: TopOption = None,
+    estimator: EstimatorOption = "full",
+    confidence: ConfidenceOption = None,
+    max_draws: MaxDrawsOption = None,
+    finalists: FinalistsOption = None,
+    pilot: PilotOption = None,
+    pilot_queries: PilotQueriesOption = None,
+    candidates: CandidatesOption = None,
+    candidates_top: CandidatesTopOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the cost only.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a result that is in --out already.")] = False,
     config: Annotated[
@@ -97,10 +118,12 @@ def score(
     check_out(out)
     if (out / RECORD).exists() and not (force or dry_run):
         raise FileExistsError(f"--out: {out} must not hold a result already, found {out / RECORD}; pass --force")
+    how_scored = Estimating.of(context.params)
     counterfactuals, named = _counterfactuals(group, groups, pack, controls)
     bank = DeltaBank.load(base, counterfactuals, scheduler=scheduler)
     others = [name for name in bank.groups if name not in named]
     null = [*named, *control_names(others, None if named else controls)]
+    how_scored.check_controls(null)
     if bank.scheduler is None:
         raise ValueError(f"--scheduler: must be given, found no scheduler_config.json in or beside {base}")
     protocol = Protocol.from_scheduler(
@@ -118,21 +141,24 @@ def score(
     if dry_run:
         from guda_fast.cli.cost import print_cost
 
-        print_cost(queries, bank, protocol, Execution(**how), **given)
+        print_cost(queries, bank, protocol, Execution(**how), how_scored, **given)
         return
     begin = time.perf_counter()
-    result = attribute(queries, bank, protocol, progress=True, **given, **how)
+    scored: Any = {"estimator": how_scored.estimator, "candidates": how_scored.candidates}
+    result = attribute(queries, bank, protocol, progress=True, **scored, **given, **how)
     for choice in result.provenance["choices"]:
         typer.echo(f"plan: {choice}")
     ranked = result.with_p_values(null) if null else result
     ranked = ranked.with_provenance(config=_config(context.params))
     _write(ranked, result.select(null) if null else None, out)
-    _print_top(ranked, min(top, len(ranked.groups)))
+    _print_top(ranked, min(how_scored.top, len(ranked.groups)))
+    for line in summary(result):
+        typer.echo(line)
     counted = f"{len(ranked.groups)} groups" + (f" and {len(null)} controls" if null else "")
     typer.echo(f"{len(result)} queries x {counted} in {time.perf_counter() - begin:.1f} s -> {out}")
 
 
-_NOT_REPLAYED = ("out", "dry_run", "force", "config", "top")
+_NOT_REPLAYED = ("out", "dry_run", "force", "config")
 
 
 def check_out(out: Path) -> None:
@@ -187,14 +213,17 @@ def _replayable(value: Any) -> Any:
 
 
 def _print_top(result: Attribution, count: int, limit: int = 20) -> None:
-    for name, ranked in list(zip(result.queries, result.top(count), strict=True))[:limit]:
-        typer.echo(f"{name}   {'   '.join(map(_shown, ranked))}")
+    sure = [""] * len(result)
+    if result.race_confidence is not None:
+        sure = [f"   (confidence {value:.4g})" for value in result.race_confidence]
+    for name, ranked, suffix in list(zip(result.queries, result.top(count), sure, strict=True))[:limit]:
+        typer.echo(f"{name}   {'   '.join(map(_shown, ranked))}{suffix}")
     if len(result) > limit:
         typer.echo(f"... and {len(result) - limit} more")
 
 
 def _shown(entry: RankedGroup) -> str:
-    text = f"{entry.group}  {entry.score:.4g} +- {entry.std_error:.2g}"
+    text = f"{entry.group}  {'' if entry.exact else '~'}{entry.score:.4g} +- {entry.std_error:.2g}"
     return text if math.isnan(entry.p_value) else f"{text} (p {entry.p_value:.2g})"
 
 

@@ -1,6 +1,10 @@
-"""How the exact score is reached: every draw (Full); racing comes later."""
+"""How scores are reached: every draw of every cell (Full), or as few as a decision takes (Racing, Tree)."""
 
 from guda_fast.estimators.cells import Cells
+from guda_fast.estimators.differences import ArrayDifferences, Differences, EngineDifferences
 from guda_fast.estimators.full import Full
+from guda_fast.estimators.pilot import Pilot
+from guda_fast.estimators.racing import Racing
+from guda_fast.estimators.tree import Tree
 
-__all__ = ["Cells", "Full"]
+__all__ = ["ArrayDifferences", "Cells", "Differences", "EngineDifferences", "Full", "Pilot", "Racing", "Tree"]

@@ -2,23 +2,74 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from guda_fast._validate import describe
 from guda_fast.diffusion import Protocol
 from guda_fast.diffusion.schedule import FloatArray
 
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """scores, std_error: [(N, K), float64; NaN where unknown]. std_error_kind: "samples", "antithetic pairs",
-    "collapsed pairs (approximate)" or "none". base_errors: weighted errors of the base [(N, D), float64]."""
+    """Scores of N queries under K groups, as far as they were considered.
+
+    scores: of the protocol, or estimates of it [(N, K), float64; NaN where not considered].
+    std_error: of exact cells the Monte Carlo error of the protocol, of others the sampling error of the estimate with
+        respect to the protocol's score [(N, K), float64; NaN where unknown].
+    std_error_kind: of the exact cells: "samples", "antithetic pairs", "collapsed pairs (approximate)" or "none".
+    base_errors: weighted errors of the base [(N, D), float64; NaN where not evaluated].
+    draws: evaluated of each cell [(N, K), int32; 0 where not considered].
+    exact: whether the score is the protocol's: all draws were evaluated [(N, K), bool].
+    confidence: the estimator's claim that a query's top groups are those of the protocol [(N,), 0..1; None: no claim].
+    details: how the scores were reached, as JSON values.
+    """
 
     scores: FloatArray
     std_error: FloatArray
     std_error_kind: str
     base_errors: FloatArray
+    draws: NDArray[np.int32]
+    exact: NDArray[np.bool_]
+    confidence: FloatArray | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def unknown(
+        cls, queries: int, groups: int, draws: int, kind: str, *, confidence: bool = False, **details: Any
+    ) -> Cells:
+        """Cells none of which has been considered; with ``confidence``, room for a claim that is NaN yet."""
+        return cls(
+            scores=np.full((queries, groups), np.nan),
+            std_error=np.full((queries, groups), np.nan),
+            std_error_kind=kind,
+            base_errors=np.full((queries, draws), np.nan),
+            draws=np.zeros((queries, groups), dtype=np.int32),
+            exact=np.zeros((queries, groups), dtype=bool),
+            confidence=np.full(queries, np.nan) if confidence else None,
+            details=details,
+        )
+
+
+def considered(where: str, candidates: NDArray[np.bool_] | None, queries: int, groups: int) -> NDArray[np.bool_]:
+    """The candidates, or all cells; TypeError or ValueError where they are not of these queries and groups."""
+    if candidates is None:
+        return np.ones((queries, groups), dtype=bool)
+    if not isinstance(candidates, np.ndarray) or candidates.dtype != np.bool_:
+        raise TypeError(f"{where}: candidates must be a bool array, got {describe(candidates)}")
+    if candidates.shape != (queries, groups):
+        raise ValueError(f"{where}: candidates must have shape {(queries, groups)}, got {candidates.shape}")
+    if not candidates.any(axis=1).all():
+        raise ValueError(f"{where}: candidates must be at least one a query, got none for query {_first(candidates)}")
+    return candidates
+
+
+def _first(candidates: NDArray[np.bool_]) -> int:
+    return int(np.flatnonzero(~candidates.any(axis=1))[0])
 
 
 def std_error_kind(protocol: Protocol) -> str:

@@ -10,8 +10,9 @@ import numpy as np
 from guda_fast._validate import check_int
 from guda_fast.datasets.queries import QuerySet
 from guda_fast.diffusion import Protocol
-from guda_fast.estimators.cells import Cells, standard_error, std_error_kind
-from guda_fast.forward import Advance, Engine, Rows
+from guda_fast.estimators.cells import Cells, considered, standard_error, std_error_kind
+from guda_fast.estimators.differences import BoolArray, Differences, EngineDifferences, IntArray, rows_of
+from guda_fast.forward import Advance, Engine
 
 _BYTES_A_ROW = 128  # three indices and an error, and their copies in the order of the models
 
@@ -29,34 +30,39 @@ class Full:
         check_int("Full", "tile_bytes", self.tile_bytes, 1)
 
     def forwards(self, queries: int, groups: int, protocol: Protocol) -> int:
-        """Forwards of one row each that a run takes."""
+        """Forwards of one row each that a run without candidates takes."""
         return (groups + 1) * queries * protocol.draws
 
-    def run(self, engine: Engine, queries: QuerySet, advance: Advance) -> Cells:
-        """Scores of the distinct queries, tile by tile; see ``guda_fast.attribute``."""
-        protocol, models = engine.protocol, list(range(1, len(engine.bank) + 1))
-        count, draws, names = len(queries.x0), protocol.draws, queries.distinct_names
-        cells = Cells(
-            scores=np.empty((count, len(models))),
-            std_error=np.empty((count, len(models))),
-            std_error_kind=std_error_kind(protocol),
-            base_errors=np.empty((count, draws)),
-        )
-        for tile in self._tiles(queries, len(models) + 1, draws):
-            noised = engine.queries(
-                queries.x0[tile], queries.ids[tile], names[tile], conditions=queries.conditions[tile]
-            )
-            rows = Rows.product(len(noised.x0), models, draws)
-            differences = engine.differences(noised, rows, advance).reshape(len(models), -1, draws)
-            cells.base_errors[tile] = noised.base_errors
-            cells.scores[tile] = differences.sum(axis=2).T
-            for k, difference in enumerate(differences):
-                cells.std_error[tile, k] = standard_error(difference, protocol)
+    def run(self, engine: Engine, queries: QuerySet, advance: Advance, candidates: BoolArray | None = None) -> Cells:
+        """Scores of the distinct queries, tile by tile; see ``guda_fast.attribute``.
+
+        candidates: the cells to score, at least one a query [(N, K), bool; all by default].
+        """
+        return self.replay(EngineDifferences(engine, queries, advance), engine.protocol, candidates)
+
+    def replay(self, source: Differences, protocol: Protocol | None, candidates: BoolArray | None = None) -> Cells:
+        """The same from any source of differences; without a protocol standard errors are unknown."""
+        count, groups, draws = len(source.ids), source.groups, source.draws
+        wanted = considered("Full", candidates, count, groups)
+        kind = "none" if protocol is None else std_error_kind(protocol)
+        cells = Cells.unknown(count, groups, draws, kind)
+        for tile in tiles(count, source.query_bytes + (groups + 1) * draws * _BYTES_A_ROW, self.tile_bytes):
+            part = source.part(tile)
+            group, query = wanted[tile].T.nonzero()
+            rows = rows_of(np.repeat(query, draws), np.repeat(group, draws), np.tile(np.arange(draws), len(query)))
+            differences = part(rows).reshape(-1, draws)
+            cells.base_errors[tile] = part.base_errors
+            found = (tile[query], group)
+            cells.scores[found] = differences.sum(axis=1)
+            cells.draws[found] = draws
+            cells.exact[found] = True
+            if protocol is not None:
+                cells.std_error[found] = standard_error(differences, protocol)
         return cells
 
-    def _tiles(self, queries: QuerySet, models: int, draws: int) -> Iterator[slice]:
-        x0 = queries.x0
-        bytes_a_query = x0[0].nbytes + queries.conditions.bytes_a_row + models * draws * _BYTES_A_ROW
-        size = max(1, self.tile_bytes // bytes_a_query)
-        for start in range(0, len(x0), size):
-            yield slice(start, start + size)
+
+def tiles(queries: int, bytes_a_query: int, tile_bytes: int) -> Iterator[IntArray]:
+    """Which queries are worked on together, so that they fit into so much memory; at least one."""
+    size = max(1, tile_bytes // bytes_a_query)
+    for start in range(0, queries, size):
+        yield np.arange(start, min(start + size, queries))

@@ -52,7 +52,9 @@ def join(results: Mapping[str, Attribution]) -> Joined:
     distinct and the same, which ``notes`` say; not where both are known to have no condition, whose images differ.
 
     results: by the names that messages call them, at least one; the first is what the others must match
-    Raises ValueError naming the result and what is missing where, or not finite, or there twice with different scores.
+    Estimates (of a race) are compared as they are, which ``notes`` say: they are made to tell the top groups.
+    Raises ValueError naming the result and what is missing where, not finite, or there twice with different scores: all
+    metrics but the top groups compare whole rows, so results without some of their cells are refused.
 
     >>> join({"LOGO": logo, "GUDA": guda}).scores["GUDA"].shape  # doctest: +SKIP
     (256, 10)
@@ -78,7 +80,7 @@ def join(results: Mapping[str, Attribution]) -> Joined:
             )
         columns = [result.groups.index(group) for group in reference.groups]
         scores[name] = result.scores[np.ix_(picked, columns)]
-        notes += _differences(name, result, first, reference)
+        notes += [*_differences(name, result, first, reference), *_estimates(name, result)]
     return Joined(
         queries=tuple(reference.queries[row] for row in rows[first].values()),
         query_ids=tuple(rows[first]),
@@ -90,6 +92,7 @@ def join(results: Mapping[str, Attribution]) -> Joined:
 
 def _distinct(name: str, result: Attribution) -> dict[int, int]:
     """The first row of each query id."""
+    _check_complete(name, result)
     try:
         check_scores("join", "scores", result.scores)
     except (TypeError, ValueError) as error:
@@ -103,6 +106,18 @@ def _distinct(name: str, result: Attribution) -> dict[int, int]:
                 f"{result.queries[known]}, which has the same id"
             )
     return found
+
+
+def _check_complete(name: str, result: Attribution) -> None:
+    """Raise ValueError where a cell was not considered, as with candidates or a tree."""
+    missing = np.argwhere(~result.considered)
+    if len(missing):
+        row, column = missing[0]
+        more = f" (and {len(missing) - 1} more cells)" if len(missing) > 1 else ""
+        raise ValueError(
+            f"{name}: must have a score of every query under every group, as metrics compare whole rows, found none of "
+            f"{result.queries[row]} under {result.groups[column]}{more}"
+        )
 
 
 def _same_names(result: Attribution, reference: Attribution) -> dict[str, int] | None:
@@ -150,3 +165,15 @@ def _differences(name: str, result: Attribution, first: str, reference: Attribut
         for word, (found, wanted) in pairs.items()
         if None not in (found, wanted) and found != wanted
     ]
+
+
+def _estimates(name: str, result: Attribution) -> list[str]:
+    """A race ends where the top groups are decided: the order of the others is that of estimates with large errors."""
+    share = float(result.estimated.mean())
+    if share == 0:
+        return []
+    note = (
+        f"{100 * share:.3g} % of the scores of {name} are estimates, made to tell each query's top groups: metrics of "
+        "the whole order include their errors."
+    )
+    return [note]

@@ -59,7 +59,8 @@ def significance(results: Mapping[str, Attribution], level: float = 0.05) -> Sig
     """Hold the p-values of results against a level.
 
     With M controls p is a multiple of 1 / (1 + M), so under the null a share floor(level (1 + M)) / (1 + M) of scores
-    has p <= level: none where 1 / (1 + M) is above the level. A query that was scored several times counts once.
+    has p <= level: none where 1 / (1 + M) is above the level. A query that was scored several times counts once,
+    and a cell that was not considered not at all.
 
     results: by method, each with p-values (``Attribution.with_p_values``)
     level: of the test [above 0, below 1]
@@ -75,11 +76,12 @@ def significance(results: Mapping[str, Attribution], level: float = 0.05) -> Sig
             raise ValueError(f"significance: results must have p-values, got none for {method!r}")
         count = len(result.provenance["controls"])
         distinct = np.unique(np.array(result.query_ids, dtype=np.uint64), return_index=True)[1]
-        p_value, scores = result.p_value[distinct], result.scores[distinct]
-        top = np.take_along_axis(p_value, scores.argmax(axis=1)[:, None], axis=1)
+        p_value, there = result.p_value[distinct], result.considered[distinct]
+        best = np.where(there, result.scores[distinct], -np.inf).argmax(axis=1)
+        top = np.take_along_axis(p_value, best[:, None], axis=1)[there.any(axis=1)]
         # p is a quotient of integers and so is compared as one: 0.05 (1 + 19) is 1 but for its rounding.
         allowed = np.floor(level * (1 + count) * (1 + 2.0**-50))
-        reached = [float((np.rint(p * (1 + count)) <= allowed).mean()) for p in (p_value, top)]
+        reached = [float((np.rint(p * (1 + count)) <= allowed).mean()) for p in (p_value[there], top)]
         rows.append(SignificanceRow(method, count, 1 / (1 + count), float(allowed) / (1 + count), *reached))
     return SignificanceTable(tuple(rows), level)
 
