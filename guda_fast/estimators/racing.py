@@ -213,18 +213,14 @@ class _Run:
         base = np.full((len(tile), self.source.draws), np.nan)
         if pilot is None:
             return base
-        place = {int(number): row for row, number in enumerate(self.ids[tile])}
-        cell = {(int(q), int(g)): row for row, (q, g) in enumerate(zip(field.query, field.group, strict=True))}
-        sample = pilot.sample
-        for number, query in enumerate(sample.ids.tolist()):
-            row = place.get(query)
-            if row is None:
-                continue
-            base[row] = sample.base_errors[number]
-            for own in np.flatnonzero(sample.query == number).tolist():
-                found = cell.get((row, int(sample.group[own])))
-                if found is not None:
-                    field.differences[found] = sample.differences[own]
+        sample, groups = pilot.sample, self.source.groups
+        _, number, row = np.intersect1d(sample.ids, self.ids[tile], return_indices=True)
+        base[row] = sample.base_errors[number]
+        row_of = np.full(len(sample.ids), -1)
+        row_of[number] = row
+        key = np.where(row_of[sample.query] < 0, -1, row_of[sample.query] * groups + sample.group)
+        _, own, found = np.intersect1d(key, field.query * groups + field.group, return_indices=True)
+        field.differences[found] = sample.differences[own]
         return base
 
     def _finish(self, field: Field, finish: Finish) -> None:
