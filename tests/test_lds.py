@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from guda_fast.evaluation import bootstrap_mean, lds, linear_agreement
-
-stats = pytest.importorskip("scipy.stats")
 
 
 @pytest.fixture

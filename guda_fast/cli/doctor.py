@@ -13,7 +13,7 @@ import typer
 
 # Core dependencies, then what extras bring.
 _PACKAGES = ("torch", "numpy", "diffusers", "safetensors", "pyarrow", "pillow", "tqdm", "typer")
-_EXTRAS = ("triton", "scipy", "scikit-learn", "matplotlib", "pandas")
+_EXTRAS = ("triton", "scikit-learn", "matplotlib", "pandas")
 
 
 def doctor() -> None:

@@ -7,7 +7,6 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import solve_triangular
 
 from guda_fast.diffusion.schedule import FloatArray
 from guda_fast.estimators.scatter import NU
@@ -78,6 +77,8 @@ class Design:
 
         differences: of the first n draws in the design's order [(C, n)]. white: those known already [(C, m), m <= n].
         """
+        from scipy.linalg import solve_triangular  # heavy
+
         known, n = white.shape[1], differences.shape[1]
         block = differences[:, known:] - white @ self.factor[known:n, :known].T
         fresh = solve_triangular(self.factor[known:n, known:n], block.T, lower=True, check_finite=False).T

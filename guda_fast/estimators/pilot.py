@@ -12,8 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from scipy.stats import beta
-from scipy.stats import t as student
 
 from guda_fast._files import atomic_write
 from guda_fast.diffusion.schedule import FloatArray
@@ -22,6 +20,7 @@ from guda_fast.estimators.differences import BoolArray, IntArray
 from guda_fast.estimators.field import Field
 from guda_fast.estimators.race import Rules, run_race
 from guda_fast.estimators.scatter import fit_scatter
+from guda_fast.estimators.student import error_bound, quantile
 
 LEAST = 8
 """Queries that a pilot takes at least: four folds of two."""
@@ -146,9 +145,9 @@ class Pilot:
 
     def cell_scale(self, squares: FloatArray, n: int, leader: BoolArray) -> FloatArray:
         """Standard error of cells' estimates after n draws: half a 95 % interval over 1.96 [(C,)]."""
-        quantile = student.ppf((1 + _LEVEL) / 2, self.cells.nu + n) / _NORMAL
+        normal = quantile((1 + _LEVEL) / 2, self.cells.nu + n) / _NORMAL
         kappa = self.cell_kappa[leader.astype(np.int64), n]
-        found: FloatArray = kappa * quantile * self.cells.scale(squares, n)
+        found: FloatArray = kappa * normal * self.cells.scale(squares, n)
         return found
 
     def check(self, looks: tuple[int, ...], top: int, error: float) -> dict[str, Any]:
@@ -170,7 +169,7 @@ class Pilot:
                 best = np.argsort(-part.sum(axis=1), kind="stable")[:top]
                 asked += 1
                 wrong += not finish.leader[best].all()
-        bound = float(beta.ppf(_LEVEL, wrong + 1, asked - wrong)) if wrong < asked else 1.0
+        bound = error_bound(wrong, asked, _LEVEL)
         return {"queries": asked, "wrong": wrong, "error_bound": bound}
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -275,7 +274,7 @@ def _quantile(ratios: list[FloatArray], nu: float, window: float = 1.0, level: f
     if draws == 1:
         return np.ones(2)
     n = np.arange(1, draws)
-    relative = np.concatenate(ratios) / student.ppf((1 + _LEVEL) / 2, nu + n)
+    relative = np.concatenate(ratios) / quantile((1 + _LEVEL) / 2, nu + n)
     first, last = np.searchsorted(n, n / window), np.searchsorted(n, n * window, side="right")
     found = [np.nanquantile(relative[:, i:j], level) for i, j in zip(first, last, strict=True)]
     return np.array([found[0], *found, 1.0])

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student
 
 from guda_fast.diffusion.schedule import FloatArray
 from guda_fast.estimators.design import Design
 from guda_fast.estimators.differences import BoolArray, IntArray
 from guda_fast.estimators.field import Field, White
+from guda_fast.estimators.student import exceedance
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,5 +103,5 @@ def _behind(white: White, rules: Rules, leader: IntArray, other: IntArray, n: in
     gap = white.estimate[leader] - white.estimate[other]
     squares = np.square(white.values[leader, :n] - white.values[other, :n]).sum(axis=1)
     scale = rules.kappa[n] * rules.design.scale(squares, n)
-    p: FloatArray = student.sf(gap / np.maximum(scale, np.finfo(np.float64).tiny), rules.design.nu + n)
+    p: FloatArray = exceedance(gap / np.maximum(scale, np.finfo(np.float64).tiny), rules.design.nu + n)
     return p

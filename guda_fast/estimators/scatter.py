@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.linalg import solve_triangular
 
 from guda_fast.diffusion.schedule import FloatArray
 
@@ -31,6 +30,8 @@ def fit_scatter(vectors: FloatArray, nu: float = NU, start: FloatArray | None = 
     Returns Sigma, positive definite also where M < D or draws are all zero [(D, D), float64].
     Source: Lange, Little and Taylor 1989 (EM for t distributions); Schaefer and Strimmer 2005 (shrinkage).
     """
+    from scipy.linalg import solve_triangular  # heavy
+
     count, draws = vectors.shape
     scale = np.sqrt(np.square(vectors).mean(axis=0))
     most = scale.max(initial=0.0)

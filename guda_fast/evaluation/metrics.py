@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -134,17 +133,16 @@ def rbo(scores: ArrayLike, oracle: ArrayLike, p: float = 0.9) -> FloatArray:
 
 
 def spearman(scores: ArrayLike, oracle: ArrayLike) -> FloatArray:
-    """Spearman's rank correlation of each query's scores, ties at their mean rank; needs scipy.
+    """Spearman's rank correlation of each query's scores, ties at their mean rank.
 
     Arguments as in ``top_k_overlap``.
     Returns: one value a query [(N,), float64, -1 to 1; NaN where either row is constant]
-    Raises: also ModuleNotFoundError without scipy
 
     >>> spearman([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]], [[1.0, 3.0, 2.0], [1.0, 2.0, 3.0]])
     array([0.5, nan])
     """
     s, g = check_score_pair("spearman", scores, oracle)
-    return _spearman(s, g, _scipy_stats("spearman"))
+    return _spearman(s, g)
 
 
 def lds(scores: ArrayLike, outcomes: ArrayLike, removed: ArrayLike) -> FloatArray:
@@ -159,7 +157,7 @@ def lds(scores: ArrayLike, outcomes: ArrayLike, removed: ArrayLike) -> FloatArra
     outcomes: the score of each retrained model [(N, J), real and finite, J >= 2]
     removed: which groups each was trained without [(J, K), bool]
     Returns: one value a query [(N,), float64, -1 to 1; NaN where either side is constant]
-    Raises: TypeError, ValueError for other arguments; ModuleNotFoundError without scipy
+    Raises: TypeError, ValueError for other arguments
     Source: Park et al. 2023 (TRAK), definition 2.3
 
     >>> lds([[3.0, 1.0]], [[3.5, 0.9, 4.0]], [[True, False], [False, True], [True, True]])
@@ -176,25 +174,25 @@ def lds(scores: ArrayLike, outcomes: ArrayLike, removed: ArrayLike) -> FloatArra
         raise ValueError(f"lds: removed must have shape {wanted}, got {_describe_array(subsets)}")
     # Summed exactly, so that subsets of equal sums are tied whatever the order of their groups.
     predicted = [[math.fsum(row[subset]) for subset in subsets] for row in s]
-    return _spearman(np.reshape(predicted, g.shape), g, _scipy_stats("lds"))
+    return _spearman(np.reshape(predicted, g.shape), g)
 
 
 def kendall(scores: ArrayLike, oracle: ArrayLike) -> FloatArray:
-    """Kendall's tau-b of each query's scores, which corrects for ties; needs scipy.
+    """Kendall's tau-b of each query's scores, which corrects for ties.
 
     Arguments as in ``top_k_overlap``.
     Returns: one value a query [(N,), float64, -1 to 1; NaN where either row is constant]
-    Raises: also ModuleNotFoundError without scipy
     Source: Kendall 1945
 
     >>> kendall([[1.0, 2.0, 3.0]], [[1.0, 3.0, 2.0]]).round(4)
     array([0.3333])
     """
+    from scipy.stats import kendalltau  # heavy
+
     s, g = check_score_pair("kendall", scores, oracle)
-    stats = _scipy_stats("kendall")
     defined = ~(_constant(s) | _constant(g))
     values = [
-        float(stats.kendalltau(s_row, g_row, variant="b").statistic)
+        float(kendalltau(s_row, g_row, variant="b").statistic)
         for s_row, g_row in zip(s[defined], g[defined], strict=True)
     ]
     return _fill(defined, np.array(values, dtype=np.float64))
@@ -259,12 +257,14 @@ def _describe_array(array: NDArray[Any]) -> str:
     return f"{array.dtype} array of shape {array.shape}" if array.ndim else describe(array.item())
 
 
-def _spearman(s: FloatArray, g: FloatArray, stats: ModuleType) -> FloatArray:
+def _spearman(s: FloatArray, g: FloatArray) -> FloatArray:
+    from scipy.stats import rankdata  # heavy
+
     defined = ~(_constant(s) | _constant(g))
     # The mean rank is (K + 1) / 2 with or without ties. Centred ranks are halves of integers: sums are exact.
     centre = (s.shape[1] + 1) / 2
-    a = stats.rankdata(s[defined], axis=1) - centre
-    b = stats.rankdata(g[defined], axis=1) - centre
+    a = rankdata(s[defined], axis=1) - centre
+    b = rankdata(g[defined], axis=1) - centre
     return _fill(defined, (a * b).sum(axis=1) / np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1)))
 
 
@@ -277,14 +277,3 @@ def _fill(defined: NDArray[np.bool_], values: FloatArray) -> FloatArray:
     result = np.full(len(defined), np.nan)
     result[defined] = values
     return result
-
-
-def _scipy_stats(where: str) -> ModuleType:
-    try:
-        from scipy import stats
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{where} needs scipy, which the extra 'eval' installs: pip install 'guda-fast[eval]'",
-            name=error.name,
-        ) from error
-    return stats

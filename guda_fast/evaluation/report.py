@@ -134,7 +134,7 @@ def evaluate(
     subsets: models retrained without several groups, for the LDS
     significance, notes: go into the report as they are
     Returns: the ``Evaluation``
-    Raises: TypeError, ValueError for other arguments; ModuleNotFoundError without scipy
+    Raises: TypeError, ValueError for other arguments
     """
     options = options or Options()
     if ORACLE in methods:

@@ -170,7 +170,7 @@ def agreement(
     confidence: coverage of the intervals [above 0, below 1]
     resamples: bootstrap samples [at least 1]
     Returns: the ``AgreementTable``, methods in the given order, metrics within them
-    Raises: TypeError, ValueError for other arguments; ModuleNotFoundError without scipy for rank correlations
+    Raises: TypeError, ValueError for other arguments
 
     >>> table = agreement([[3.0, 2.0, 1.0]], [[6.0, 5.0, 4.0]], metrics=["MRR"])
     >>> table.rows[0]
@@ -211,7 +211,7 @@ def linear_agreement(
     outcomes, removed: of the models retrained without several groups, as for ``lds``
     seed, confidence, resamples: as for ``agreement``
     Returns: the ``AgreementTable``, with a row a method
-    Raises: TypeError, ValueError for other arguments; ModuleNotFoundError without scipy
+    Raises: TypeError, ValueError for other arguments
 
     >>> linear_agreement({"sum": [[3.0, 1.0]]}, [[3.0, 1.0]], [[True, False], [False, True]]).rows[0].mean
     1.0
