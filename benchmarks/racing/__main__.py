@@ -1,15 +1,23 @@
-"""``python -m benchmarks.racing record|monte-carlo``: what racing saves, and whether its claims hold."""
+"""``python -m benchmarks.racing COMMAND``: what racing saves, and whether its claims hold; ../racing.sh runs all."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
-from benchmarks.racing import monte_carlo, recorded, rows
+from benchmarks import runner
+from benchmarks.provenance import provenance
+from benchmarks.racing import calibration as claims
+from benchmarks.racing import curve as curves
+from benchmarks.racing import monte_carlo, recorded, rows, wall_time
+from benchmarks.racing.cases import Case, spliced_cases
+from benchmarks.racing.figure import draw
 from benchmarks.racing.recorded import Recorded
 from guda_fast import Protocol
 
@@ -49,6 +57,81 @@ def monte_carlo_(out: Out, files: Files = None, seed: Seed = 0) -> None:
             found += monte_carlo.rows_of(file.stem, runs, len(read.timesteps))
     rows.write(out, monte_carlo.COLUMNS, found, command())
     typer.echo(f"wrote {out}")
+
+
+@app.command()
+def curve(
+    out: Out,
+    files: Annotated[list[Path], typer.Argument(help="Recorded differences; a file's name is the case's.")],
+    groups: Annotated[str, typer.Option(help="Of cases spliced from the first file.")] = "100,1000",
+    queries: Annotated[int, typer.Option(help="Of spliced cases.")] = 512,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of all that is drawn, on real cases.")] = 3,
+    seed: Seed = 0,
+) -> None:
+    """Agreement with the exact top group against forwards, for racing and its rivals."""
+    found: list[Mapping[str, object]] = []
+    for case in _cases(files, groups, queries, seed):
+        started = time.perf_counter()
+        found += curves.rows_of(case, seeds if case.real else 1)
+        rows.write(out, curves.COLUMNS, found, command())
+        typer.echo(f"{case.name}: {time.perf_counter() - started:.0f} s")
+    for sentence in curves.edge(found):
+        typer.echo(sentence)
+
+
+@app.command()
+def calibration(
+    out: Out,
+    files: Annotated[list[Path], typer.Argument(help="Recorded differences; a file's name is the case's.")],
+    groups: Annotated[str, typer.Option(help="Of cases spliced from the first file.")] = "100",
+    queries: Annotated[int, typer.Option(help="Of spliced cases.")] = 512,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs with other pilots.")] = 10,
+    seed: Seed = 0,
+) -> None:
+    """Wrong top groups, and coverage of the estimates' intervals, against what is claimed."""
+    found: list[Mapping[str, object]] = []
+    for case in _cases(files, groups, queries, seed):
+        if case.candidates is None and case.parent is None:
+            found += claims.rows_of(case, seeds)
+            rows.write(out, claims.COLUMNS, found, command())
+            typer.echo(case.name)
+
+
+@app.command("wall-time")
+def wall_time_(
+    out: Out,
+    base: Annotated[Path, typer.Argument(help="The base: a folder as diffusers saves it.")],
+    models: Annotated[Path, typer.Argument(help="A folder with a model a group.")],
+    queries: Annotated[Path, typer.Argument(help="A folder of PNG files.")],
+    most: Annotated[int | None, typer.Option(min=8, help="Queries at most, the first ones.")] = None,
+    confidence: Annotated[float, typer.Option(help="Of the race.")] = 0.99,
+    repetitions: Annotated[int, typer.Option(min=3, help="Timed calls of each.")] = 3,
+) -> None:
+    """Racing against the full protocol, interleaved, from queries to results."""
+    torch.set_num_threads(1)
+    case = wall_time.wall_time_case(base, models, queries, most, confidence)
+    shared = {**provenance("cpu"), "command": command()}
+    found = list(runner.case_rows(case, repetitions, "cpu", shared))
+    runner.write_csv(out, found)
+    typer.echo(f"{found[-1]['ratio']} times faster")
+
+
+@app.command()
+def plot(
+    curve: Annotated[Path, typer.Argument(help="What `curve` wrote.")],
+    out: Annotated[Path, typer.Argument(help="FILE.svg to write.")],
+) -> None:
+    """Draw the curves."""
+    draw(rows.read(curve), out)
+
+
+def _cases(files: Sequence[Path], groups: str, queries: int, seed: int) -> Iterator[Case]:
+    """Each recording, then what is spliced from the first."""
+    for file in files:
+        read = Recorded.load(file)
+        yield Case(f"{file.stem}, K={len(read.groups)}", read.draws, real=True)
+    counts = [int(count) for count in groups.split(",") if count]
+    yield from spliced_cases(files[0].stem, Recorded.load(files[0]).draws, queries, counts, seed=seed)
 
 
 def command() -> str:

@@ -29,10 +29,12 @@ class Runs:
     """Repeated runs of one protocol on the same cells.
 
     distance: of the score to the truth [(R, C), float64]. differences: what the score sums [(R, C, D), float64].
+    deviation: of a cell's score over runs, from all that is known of it [(C,), float64].
     """
 
     distance: FloatArray
     differences: FloatArray
+    deviation: FloatArray
     samples: int
 
 
@@ -48,7 +50,8 @@ def real_runs(recorded: Recorded, samples: int) -> Runs:
     total = cells.sum(axis=(1, 2))
     rest = (total - samples * score) / (most - samples)
     distance: FloatArray = (score - rest) * np.sqrt((most - samples) / most)
-    return Runs(distance, parts.reshape(runs, len(cells), -1) / samples, samples)
+    deviation = np.sqrt(cells.var(axis=2, ddof=1).sum(axis=1) / samples)
+    return Runs(distance, parts.reshape(runs, len(cells), -1) / samples, deviation, samples)
 
 
 def simulated_runs(samples: int, slope: float, degrees: float, *, runs: int, cells: int, seed: int) -> Runs:
@@ -58,19 +61,21 @@ def simulated_runs(samples: int, slope: float, degrees: float, *, runs: int, cel
     shape = (runs, cells, len(steps), samples)
     noise = generator.standard_normal(shape) if degrees == np.inf else generator.standard_t(degrees, shape)
     noise *= steps[:, None]
-    return Runs(noise.mean(axis=3).sum(axis=2), noise.reshape(runs, cells, -1) / samples, samples)
+    variance = 1.0 if degrees == np.inf else degrees / (degrees - 2)
+    deviation = np.full(cells, np.sqrt(variance * np.square(steps).sum() / samples))
+    return Runs(noise.mean(axis=3).sum(axis=2), noise.reshape(runs, cells, -1) / samples, deviation, samples)
 
 
 def rows_of(case: str, runs: Runs, timesteps: int) -> Iterator[Mapping[str, object]]:
     """A row an interval: 1.96 standard errors, and with S >= 2 also Student's with the degrees that the samples leave.
 
-    ratio: of the root mean square of a cell's standard errors to that of its distances; the median over cells.
+    ratio: of the root mean square of a cell's standard errors to the deviation of its scores; the median over cells.
     """
     count, cells, draws = runs.differences.shape
     protocol = Protocol(Schedule(np.full(timesteps + 1, 1e-3)), tuple(range(1, timesteps + 1)), samples=runs.samples)
     flat = runs.differences.reshape(-1, draws)
     error = standard_error(flat, protocol).reshape(count, cells)
-    ratio = np.sqrt(np.square(error).mean(axis=0) / np.square(runs.distance).mean(axis=0))
+    ratio = np.sqrt(np.square(error).mean(axis=0)) / runs.deviation
     intervals: dict[str, FloatArray | float] = {"1.96 standard errors": Z}
     if runs.samples >= 2:
         degrees = satterthwaite(flat.reshape(len(flat), timesteps, runs.samples)).reshape(count, cells)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,18 @@ class Outcome:
     forwards: int
 
 
+class Contender(Protocol):
+    """A rival at one of its settings. random: whether seeds make a difference."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def setting(self) -> str: ...
+    @property
+    def random(self) -> bool: ...
+    def run(self, differences: FloatArray, seed: int) -> Outcome: ...
+
+
 @dataclass(frozen=True)
 class Strided:
     """Every stride-th timestep, for all queries the same: from the lowest or from a random one on."""
@@ -38,6 +51,14 @@ class Strided:
     @property
     def name(self) -> str:
         return f"evenly strided{'' if self.lowest else ', random start'}"
+
+    @property
+    def setting(self) -> str:
+        return f"every {self.stride}th"
+
+    @property
+    def random(self) -> bool:
+        return not self.lowest
 
     def run(self, differences: FloatArray, seed: int) -> Outcome:
         queries, groups, _ = differences.shape
@@ -52,6 +73,11 @@ class Lowest:
 
     count: int
     name = "lowest timesteps"
+    random = False
+
+    @property
+    def setting(self) -> str:
+        return f"{self.count} timesteps"
 
     def run(self, differences: FloatArray, seed: int) -> Outcome:
         queries, groups, _ = differences.shape
@@ -64,6 +90,11 @@ class Random:
 
     count: int
     name = "random timesteps"
+    random = True
+
+    @property
+    def setting(self) -> str:
+        return f"{self.count} timesteps"
 
     def run(self, differences: FloatArray, seed: int) -> Outcome:
         queries, groups, draws = differences.shape
@@ -83,6 +114,11 @@ class Elimination:
 
     alpha: float
     paired: bool
+    random = True
+
+    @property
+    def setting(self) -> str:
+        return f"alpha {self.alpha:g}"
 
     @property
     def name(self) -> str:
@@ -136,7 +172,7 @@ def looks(draws: int) -> Sequence[int]:
     return [*found, draws] if draws > found[0] else [draws]
 
 
-def settings(draws: int) -> Sequence[Strided | Lowest | Random | Elimination]:
+def settings(draws: int) -> Sequence[Contender]:
     """Points of each rival's curve, from dear to cheap."""
     counts = [count for count in (50, 25, 12, 6, 3, 2, 1) if count < draws]
     strides = [stride for stride in (2, 4, 8, 16, 32, 64) if stride < draws]
