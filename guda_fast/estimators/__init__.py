@@ -3,5 +3,7 @@
 from guda_fast.estimators.cells import Cells
 from guda_fast.estimators.differences import ArrayDifferences, Differences, EngineDifferences
 from guda_fast.estimators.full import Full
+from guda_fast.estimators.pilot import Pilot
+from guda_fast.estimators.racing import Racing
 
-__all__ = ["ArrayDifferences", "Cells", "Differences", "EngineDifferences", "Full"]
+__all__ = ["ArrayDifferences", "Cells", "Differences", "EngineDifferences", "Full", "Pilot", "Racing"]
