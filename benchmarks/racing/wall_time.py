@@ -8,8 +8,9 @@ import numpy as np
 
 from benchmarks.contenders import architecture
 from benchmarks.registry import Case, Contender
-from guda_fast import Attribution, DeltaBank, Full, Protocol, Racing, attribute
+from guda_fast import Attribution, DeltaBank, Protocol, attribute
 from guda_fast.cli.named import sources_in
+from guda_fast.estimators import Full, Racing
 
 
 def wall_time_case(base: Path, models: Path, queries: Path, most: int | None, confidence: float) -> Case:
