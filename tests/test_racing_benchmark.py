@@ -194,6 +194,17 @@ def test_shares_have_their_bounds() -> None:
     assert abs(stats.binom.cdf(95, 100, float(found["high"])) - 0.025) < 1e-4
 
 
+def test_rows_of_other_cases_stay_in_a_file(tmp_path: Path) -> None:
+    for case, value in (("a", 1), ("b", 2), ("a", 3)):
+        rows.write(tmp_path / "x.csv", ("case", "value"), [{"case": case, "value": value}], f"command {value}")
+    found = rows.read(tmp_path / "x.csv")
+    assert [(row["case"], row["value"], row["command"]) for row in found] == [
+        ("b", "2", "command 2"),
+        ("a", "3", "command 3"),
+    ]
+    assert all(row[name] for row in found for name in rows.SHARED)
+
+
 def test_a_figure_is_the_same_for_the_same_rows(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     made = [
@@ -255,3 +266,20 @@ def test_calibration_counts_estimates_and_tops(easy: Case) -> None:
     assert found[0]["decisions"] == 40
     # A pilot of 32 leaves eight queries, with six cells each.
     assert 0 < int(str(found[1]["decisions"])) <= 8 * 6
+
+
+COMMITTED = sorted(path for path in RESULTS.glob("racing_*.csv") if path.stem != "racing_wall_time")
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_rows_say_where_they_are_from_and_add_up(path: Path) -> None:
+    found = rows.read(path)
+    for row in found:
+        assert all(row[name] for name in rows.SHARED), row
+        assert float(row["low"]) <= float(row["share"]) <= float(row["high"])
+        if "wrong" in row:
+            assert float(row["share"]) == pytest.approx(1 - int(row["wrong"]) / int(row["decisions"]), abs=1e-5)
+        if "cost" in row:
+            full = int(row["queries"]) * int(row["draws"]) * (int(row["groups"]) + 1)
+            assert float(row["cost"]) == pytest.approx(int(row["forwards"]) / full, rel=1e-2)
+            assert float(row["saving"]) == pytest.approx(full / int(row["forwards"]), rel=1e-2)

@@ -25,6 +25,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 Out = Annotated[Path, typer.Argument(help="The CSV file to write.")]
 Files = Annotated[list[Path] | None, typer.Argument(help="Recorded differences; a file's name is the case's.")]
+Only = Annotated[str, typer.Option(help="Only cases whose name holds this; rows of others stay in the file.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 
 
@@ -66,11 +67,12 @@ def curve(
     groups: Annotated[str, typer.Option(help="Of cases spliced from the first file.")] = "100,1000",
     queries: Annotated[int, typer.Option(help="Of spliced cases.")] = 512,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of all that is drawn, on real cases.")] = 3,
+    only: Only = "",
     seed: Seed = 0,
 ) -> None:
     """Agreement with the exact top group against forwards, for racing and its rivals."""
     found: list[Mapping[str, object]] = []
-    for case in _cases(files, groups, queries, seed):
+    for case in _cases(files, groups, queries, seed, only):
         started = time.perf_counter()
         found += curves.rows_of(case, seeds if case.real else 1)
         rows.write(out, curves.COLUMNS, found, command())
@@ -85,12 +87,13 @@ def calibration(
     files: Annotated[list[Path], typer.Argument(help="Recorded differences; a file's name is the case's.")],
     groups: Annotated[str, typer.Option(help="Of cases spliced from the first file.")] = "100",
     queries: Annotated[int, typer.Option(help="Of spliced cases.")] = 512,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs with other pilots.")] = 10,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs with other pilots.")] = 6,
+    only: Only = "",
     seed: Seed = 0,
 ) -> None:
     """Wrong top groups, and coverage of the estimates' intervals, against what is claimed."""
     found: list[Mapping[str, object]] = []
-    for case in _cases(files, groups, queries, seed):
+    for case in _cases(files, groups, queries, seed, only):
         if case.candidates is None and case.parent is None:
             found += claims.rows_of(case, seeds)
             rows.write(out, claims.COLUMNS, found, command())
@@ -125,13 +128,17 @@ def plot(
     draw(rows.read(curve), out)
 
 
-def _cases(files: Sequence[Path], groups: str, queries: int, seed: int) -> Iterator[Case]:
+def _cases(files: Sequence[Path], groups: str, queries: int, seed: int, only: str) -> Iterator[Case]:
     """Each recording, then what is spliced from the first."""
+    counts = [int(count) for count in groups.split(",") if count]
     for file in files:
         read = Recorded.load(file)
-        yield Case(f"{file.stem}, K={len(read.groups)}", read.draws, real=True)
-    counts = [int(count) for count in groups.split(",") if count]
-    yield from spliced_cases(files[0].stem, Recorded.load(files[0]).draws, queries, counts, seed=seed)
+        case = Case(f"{file.stem}, K={len(read.groups)}", read.draws, real=True)
+        if only in case.name:
+            yield case
+    for case in spliced_cases(files[0].stem, Recorded.load(files[0]).draws, queries, counts, seed=seed):
+        if only in case.name:
+            yield case
 
 
 def command() -> str:

@@ -23,13 +23,15 @@ def share(hits: int, count: int) -> dict[str, str]:
 
 
 def write(path: Path, columns: Sequence[str], rows: Sequence[Row], command: str) -> None:
-    """Write rows with the columns that all share; the directory must be there."""
+    """Write rows with the columns that all share; rows of other cases stay in a file that is there."""
     made = provenance("cpu")
     shared = {name: made[name] for name in SHARED[:-1]} | {"command": command}
+    cases = {row["case"] for row in rows}
+    kept = [row for row in read(path) if row["case"] not in cases] if path.exists() else []
     with atomic_write(path, "w") as file:
         writer = csv.DictWriter(file, [*columns, *SHARED], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**row, **shared} for row in rows)
+        writer.writerows([*kept, *({**row, **shared} for row in rows)])
 
 
 def read(path: Path) -> list[dict[str, str]]:
