@@ -179,7 +179,7 @@ class _Run:
         self.forwards = 0
         draws = source.draws
         most = draws if settings.max_draws is None else min(draws, settings.max_draws)
-        self.looks = tuple(n for n in looks(draws, settings.min_draws) if n < most) + (most,)
+        self.looks = (*(n for n in looks(draws, settings.min_draws) if n < most), most)
 
     def gather(self, chosen: IntArray, seed: int, identity: Mapping[str, Any]) -> Pilot:
         """Evaluate and fit a pilot of these queries."""

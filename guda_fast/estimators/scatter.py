@@ -7,8 +7,12 @@ from scipy.linalg import solve_triangular
 
 from guda_fast.diffusion.schedule import FloatArray
 
-NU = 4.0
-"""Degrees of freedom: few, because a few queries differ by far more than the others."""
+NU = 10.0
+"""Degrees of freedom: few, because a few queries differ by far more than the others.
+
+With ten, the 95 % and the 99.9 % quantiles of held-out errors ask for the same kappa (digits, three kinds of models);
+with four the tails are too heavy, which costs draws, with thirty too light.
+"""
 
 _SHRINKAGE = 0.1
 _STEPS = 200

@@ -1,0 +1,149 @@
+"""The pilot: its scatter, its order, its calibration, and its file."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from guda_fast.estimators import ArrayDifferences, Pilot, Racing
+from guda_fast.estimators.design import Design, looks
+from guda_fast.estimators.gather import choose
+from guda_fast.estimators.scatter import fit_scatter
+from racing_cases import simulated
+
+
+def covariance(draws: int, seed: int = 0) -> np.ndarray:
+    factor = np.random.default_rng(seed).normal(size=(draws, 2 * draws))
+    return factor @ factor.T / (2 * draws)
+
+
+def test_the_scatter_of_a_t_distribution_is_found() -> None:
+    rng = np.random.default_rng(0)
+    wanted = np.array([4.0, 1.0, 0.25, 9.0])
+    normal = rng.normal(size=(20_000, 4)) * np.sqrt(wanted)
+    found = fit_scatter(normal / np.sqrt(rng.chisquare(4, size=(20_000, 1)) / 4), nu=4.0)
+    # The relative error of a scale of n such rows is about sqrt(2 (1 + 2 / nu) / n) = 0.012; 5 of it are allowed.
+    np.testing.assert_allclose(np.diag(found), wanted, rtol=0.061)
+
+
+def test_the_scatter_is_a_fixed_point_of_em() -> None:
+    vectors = np.random.default_rng(0).multivariate_normal(np.zeros(5), covariance(5), size=50)
+    sigma = fit_scatter(vectors, nu=4.0)
+    weight = 9 / (4 + np.einsum("ni,ij,nj->n", vectors, np.linalg.inv(sigma), vectors))
+    moment = (vectors * weight[:, None]).T @ vectors / 50
+    # EM stops where a step changes nothing by more than 1e-4 of the largest variance, in units of each draw's own.
+    np.testing.assert_allclose(0.9 * moment + 0.1 * np.diag(np.diag(moment)), sigma, atol=3e-4 * np.diag(sigma).max())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_a_scatter_is_always_positive_definite(rows: int) -> None:
+    vectors = np.random.default_rng(0).normal(size=(rows, 12))
+    vectors[:, 4] = 0
+    for given in (vectors, np.zeros((rows, 12))):
+        sigma = fit_scatter(given)
+        assert (np.diag(np.linalg.cholesky(sigma)) > 0).all()
+        assert np.isfinite(Design.greedy(sigma).gain).all()
+
+
+def test_estimate_and_scale_are_those_of_the_conditional_distribution() -> None:
+    sigma = covariance(9)
+    design = Design.greedy(sigma, nu=4.0)
+    d = np.random.default_rng(1).normal(size=(3, 9))
+    for n in (1, 4, 8):
+        known, rest = design.order[:n], design.order[n:]
+        b = np.linalg.solve(sigma[np.ix_(known, known)], sigma[np.ix_(known, rest)].sum(axis=1))
+        v = sigma[np.ix_(rest, rest)].sum() - sigma[np.ix_(rest, known)].sum(axis=0) @ b
+        first = design.whiten(d[:, known[: n // 2]], np.empty((3, 0)))
+        white = design.whiten(d[:, known], first)
+        np.testing.assert_allclose(white @ design.gain[:n], d[:, known].sum(axis=1) + d[:, known] @ b)
+        np.testing.assert_allclose(design.variance[n], v)
+        squares = np.einsum("ni,ij,nj->n", d[:, known], np.linalg.inv(sigma[np.ix_(known, known)]), d[:, known])
+        np.testing.assert_allclose((white**2).sum(axis=1), squares)
+        np.testing.assert_allclose(design.scale(squares, n), np.sqrt(v * (4 + squares) / (4 + n)))
+
+
+def test_the_order_takes_most_at_every_step() -> None:
+    sigma = covariance(6, seed=3)
+    order = Design.greedy(sigma).order
+    assert sorted(order) == list(range(6))
+    for n in range(5):
+
+        def left(draw: int, n: int = n) -> float:
+            return float(
+                Design.along(np.array([*order[:n], draw, *np.setdiff1d(range(6), [*order[:n], draw])]), sigma).variance[
+                    n + 1
+                ]
+            )
+
+        assert min(order[n:], key=left) == order[n]
+
+
+def test_looks() -> None:
+    assert looks(99, 2) == (2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 22, 27, 33, 40, 48, 58, 70, 84, 99)
+    assert looks(1, 2) == (1,)
+    assert looks(399)[-3:] == (308, 370, 399)
+    assert looks(5, 5) == (5,)
+
+
+def test_pilot_queries_are_chosen_by_id() -> None:
+    considered = np.ones((20, 3), dtype=bool)
+    considered[4, 1:] = False
+    ids = np.random.default_rng(0).permutation(20)
+    chosen = choose(considered, ids, 8, 0)
+    turned = choose(considered[::-1], ids[::-1], 8, 0)
+    np.testing.assert_array_equal(ids[chosen], ids[::-1][turned])
+    assert 4 not in chosen
+
+
+def fitted(tmp_path, **identity):
+    path = tmp_path / "pilot.safetensors"
+    racing = Racing(pilot_file=path)
+    differences = simulated(60, 5)
+    cells = racing.replay(ArrayDifferences(differences), identity=identity)
+    return path, differences, cells
+
+
+def test_a_stored_pilot_decides_the_same_and_costs_nothing(tmp_path) -> None:
+    path, differences, first = fitted(tmp_path)
+    source = ArrayDifferences(differences)
+    again = Racing(pilot=Pilot.load(path)).replay(source)
+    np.testing.assert_array_equal(again.scores, first.scores)
+    np.testing.assert_array_equal(again.std_error, first.std_error)
+    np.testing.assert_array_equal(again.exact, first.exact)
+    np.testing.assert_array_equal(np.isnan(again.base_errors), np.isnan(first.base_errors))
+    assert source.forwards == first.details["estimator"]["forwards"] - 16 * 6 * 40
+    few = Racing(pilot_file=path).replay(ArrayDifferences(simulated(3, 5, seed=9), ids=[100, 101, 102]))
+    assert not few.exact.all()
+
+
+def test_a_pilot_of_something_else_is_refused(tmp_path) -> None:
+    path, differences, _ = fitted(tmp_path, base_hash="a")
+    racing = Racing(pilot_file=path)
+    with pytest.raises(ValueError, match='Racing: pilot must be one of this base hash, got one of "a" for "b"'):
+        racing.replay(ArrayDifferences(differences), identity={"base_hash": "b"})
+    with pytest.raises(ValueError, match="Racing: pilot must be of 39 draws, got one of 40"):
+        racing.replay(ArrayDifferences(differences[:, :, 1:]))
+
+
+def test_damaged_and_foreign_files_are_named(tmp_path) -> None:
+    path, _, _ = fitted(tmp_path)
+    content = path.read_bytes()
+    for number, bad in enumerate([b"", b"{}", content[:-8], content.replace(b"pilot 1", b"pilot 9"), content[:100]]):
+        file = tmp_path / f"bad-{number}"
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match=f"bad-{number}: must be a pilot that guda_fast wrote, found"):
+            Pilot.load(file)
+    with pytest.raises(FileNotFoundError):
+        Pilot.load(tmp_path / "none")
+
+
+def test_the_check_counts_errors(tmp_path) -> None:
+    _, _, cells = fitted(tmp_path)
+    check = cells.details["estimator"]["pilot"]
+    assert (check["queries"], check["wrong"]) == (16, 0)
+    assert check["error_bound"] == pytest.approx(1 - 0.05 ** (1 / 16))
+    pilot = Racing(pilot_file=tmp_path / "noise")
+    pilot.replay(ArrayDifferences(simulated(60, 5, signal=0.0)))
+    hasty = Pilot.load(tmp_path / "noise").check((1,), 1, 0.01)
+    assert hasty["wrong"] > 0
+    assert hasty["error_bound"] > check["error_bound"]
