@@ -1,9 +1,10 @@
-"""How scores are reached: every draw of every cell (Full), or as few as a decision takes (Racing, Budget)."""
+"""How scores are reached: every draw of every cell (Full), or as few as a decision takes (Racing, Tree)."""
 
 from guda_fast.estimators.cells import Cells
 from guda_fast.estimators.differences import ArrayDifferences, Differences, EngineDifferences
 from guda_fast.estimators.full import Full
 from guda_fast.estimators.pilot import Pilot
 from guda_fast.estimators.racing import Racing
+from guda_fast.estimators.tree import Tree
 
-__all__ = ["ArrayDifferences", "Cells", "Differences", "EngineDifferences", "Full", "Pilot", "Racing"]
+__all__ = ["ArrayDifferences", "Cells", "Differences", "EngineDifferences", "Full", "Pilot", "Racing", "Tree"]

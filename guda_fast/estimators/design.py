@@ -55,7 +55,8 @@ class Design:
     @classmethod
     def along(cls, order: NDArray[np.int64], sigma: FloatArray, nu: float = NU) -> Design:
         """A given order with the scatter of other differences."""
-        return cls(order, np.linalg.cholesky(sigma[np.ix_(order, order)]), nu)
+        factor = np.asarray(np.linalg.cholesky(sigma[np.ix_(order, order)]), dtype=np.float64)
+        return cls(order, factor, nu)
 
     def __len__(self) -> int:
         return len(self.order)

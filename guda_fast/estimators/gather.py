@@ -7,7 +7,7 @@ import numpy as np
 from guda_fast.estimators.design import Design
 from guda_fast.estimators.differences import BoolArray, Differences, IntArray
 from guda_fast.estimators.field import Field, White
-from guda_fast.estimators.pilot import Sample
+from guda_fast.estimators.pilot import IdArray, Sample
 from guda_fast.estimators.race import ranked
 from guda_fast.estimators.scatter import fit_scatter
 
@@ -19,14 +19,14 @@ _BEST = 6
 _FIRST_DRAWS = 2
 
 
-def choose(considered: BoolArray, ids: IntArray, count: int, seed: int) -> IntArray:
+def choose(considered: BoolArray, ids: IdArray, count: int, seed: int) -> IntArray:
     """Queries of a pilot at random, those with two cells at least; by their ids, so that their order is no matter."""
     able = np.flatnonzero(considered.sum(axis=1) > 1)
     by_id = able[np.argsort(ids[able], kind="stable")]
     return by_id[np.random.default_rng(seed).permutation(len(by_id))[:count]]
 
 
-def gather(source: Differences, considered: BoolArray, ids: IntArray, seed: int) -> tuple[Field, Sample]:
+def gather(source: Differences, considered: BoolArray, ids: IdArray, seed: int) -> tuple[Field, Sample]:
     """All draws of a pilot's cells.
 
     A query of more than 30 cells: first of six at random, whose scatter gives an order; then the first two draws of
@@ -52,5 +52,5 @@ def gather(source: Differences, considered: BoolArray, ids: IntArray, seed: int)
     return field, _sample(field, source, ids)
 
 
-def _sample(field: Field, source: Differences, ids: IntArray) -> Sample:
+def _sample(field: Field, source: Differences, ids: IdArray) -> Sample:
     return Sample(ids, field.query, field.group, field.differences, source.base_errors)

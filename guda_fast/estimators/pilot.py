@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from scipy.stats import beta
@@ -44,6 +45,9 @@ _ARRAYS = (
 )
 
 
+IdArray = NDArray[np.uint64]
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """What was evaluated of a pilot's queries, which are in random order.
@@ -53,7 +57,7 @@ class Sample:
     base_errors: [(P, D), float64; NaN where not evaluated].
     """
 
-    ids: np.ndarray[Any, np.dtype[np.uint64]]
+    ids: IdArray
     query: IntArray
     group: IntArray
     differences: FloatArray
@@ -61,7 +65,7 @@ class Sample:
 
     def complete(self) -> Sample:
         """Without the cells that miss a draw."""
-        return self._cells(~np.isnan(self.differences).any(axis=1))
+        return self._cells(np.asarray(np.isfinite(self.differences).all(axis=1)))
 
     def of(self, queries: IntArray) -> Sample:
         """Some of the queries; they keep their numbers."""

@@ -80,7 +80,7 @@ def run_race(field: Field, rules: Rules, report: Callable[[int, int], None] | No
         out = p <= share[query]
         alive[others[out]] = False
         spent += np.bincount(query[out], p[out], minlength=field.queries)
-        left = np.bincount(query[~out], p[~out], minlength=field.queries)
+        left[:] = np.bincount(query[~out], p[~out], minlength=field.queries)
         going = np.bincount(query[~out], minlength=field.queries) > 0
         if report is not None:
             report(int((alive & going[field.query]).sum()), len(field))

@@ -1,0 +1,123 @@
+"""A hierarchy of groups: race the parents, then the children of those that win."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from guda_fast._validate import check_int, describe
+from guda_fast.datasets.queries import QuerySet
+from guda_fast.diffusion import Protocol
+from guda_fast.estimators.cells import Cells, considered
+from guda_fast.estimators.differences import BoolArray, Differences, EngineDifferences
+from guda_fast.estimators.racing import Racing, identity_of
+from guda_fast.forward import Advance, Engine
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Races in two stages: the parents, then the children of each query's top parents.
+
+    Parents and children are groups of the bank, with counterfactuals of their own. What is claimed is the top of the
+    children under the top parents; that the top child has a top parent is the hierarchy's assumption.
+
+    children: of each parent; a group is in one place only [at least one parent, each with a child].
+    racing: of the children, without a pilot of its own; half of its error goes to each stage.
+    parents: whose children race, a query [>= 1].
+
+    >>> Tree({"birds": ["owl", "crow"], "cats": ["lynx", "puma"]}, Racing(confidence=0.95)).parents
+    1
+    """
+
+    children: Mapping[str, Sequence[str]]
+    racing: Racing = field(default_factory=Racing)
+    parents: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.children, Mapping) or not self.children or not all(self.children.values()):
+            raise ValueError(f"Tree: children must be those of at least one parent, got {describe(self.children)}")
+        names = [*self.children, *(name for below in self.children.values() for name in below)]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"Tree: children must name each group once, got {twice!r} again")
+        if not isinstance(self.racing, Racing):
+            raise TypeError(f"Tree: racing must be a Racing, got {describe(self.racing)}")
+        if not isinstance(self.racing.pilot, int) or self.racing.pilot_file is not None:
+            raise ValueError("Tree: racing must make its pilots, one a stage, got one that is given")
+        check_int("Tree", "parents", self.parents, 1, len(self.children))
+
+    def forwards(self, queries: int, groups: int, protocol: Protocol) -> int:
+        """Forwards of one row each that a run takes at most: the base may run again in the second stage."""
+        return (groups + 2) * queries * protocol.draws
+
+    def run(self, engine: Engine, queries: QuerySet, advance: Advance, candidates: BoolArray | None = None) -> Cells:
+        """Scores of the distinct queries; see ``Racing.run``. Cells of other children are not considered."""
+        return self.replay(
+            EngineDifferences(engine, queries, advance),
+            engine.bank.groups,
+            engine.protocol,
+            candidates,
+            identity=identity_of(engine.bank, engine.protocol, engine.precision.name),
+        )
+
+    def replay(
+        self,
+        source: Differences,
+        groups: Sequence[str],
+        protocol: Protocol | None = None,
+        candidates: BoolArray | None = None,
+        *,
+        identity: Mapping[str, Any] | None = None,
+    ) -> Cells:
+        """The same from any source of differences; groups: their names [K].
+
+        Raises ValueError where a name of the tree is no group, or no parent or child of a query is a candidate.
+        """
+        wanted = considered("Tree", candidates, len(source.ids), source.groups)
+        parent, below = self._places(groups)
+        stage = replace(self.racing, confidence=(1 + self.racing.confidence) / 2)
+        first = replace(stage, top=self.parents).replay(source, protocol, wanted & parent, identity=identity)
+        top = np.argsort(-np.where(parent & wanted, first.scores, -np.inf), axis=1, kind="stable")[:, : self.parents]
+        second = stage.replay(source, protocol, wanted & below[top].any(axis=1), identity=identity)
+        return _joined(first, second)
+
+    def _places(self, groups: Sequence[str]) -> tuple[BoolArray, BoolArray]:
+        """Which groups are parents [(K,)], and which are children of each group [(K, K)]."""
+        index = {name: number for number, name in enumerate(groups)}
+        below = np.zeros((len(groups), len(groups)), dtype=bool)
+        for name, names in self.children.items():
+            for group in (name, *names):
+                if group not in index:
+                    raise ValueError(f"Tree: children must name groups of the bank, got {group!r}")
+            below[index[name], [index[child] for child in names]] = True
+        return np.asarray(below.any(axis=1)), below
+
+
+def _joined(first: Cells, second: Cells) -> Cells:
+    """The cells of two stages, which have none in common."""
+    late = second.draws > 0
+    estimators = [dict(cells.details["estimator"]) for cells in (first, second)]
+    full = first.scores.size + len(first.scores)
+    forwards = sum(entry["forwards"] for entry in estimators)
+    details = {
+        "name": "tree",
+        "stages": estimators,
+        "forwards": forwards,
+        "forwards_full": full * first.base_errors.shape[1],
+        "saving": full * first.base_errors.shape[1] / max(forwards, 1),
+    }
+    if first.confidence is None or second.confidence is None:
+        raise RuntimeError("Tree: both stages must claim a confidence, got none")
+    return Cells(
+        scores=np.where(late, second.scores, first.scores),
+        std_error=np.where(late, second.std_error, first.std_error),
+        std_error_kind=first.std_error_kind,
+        base_errors=np.where(np.isnan(first.base_errors), second.base_errors, first.base_errors),
+        draws=first.draws + second.draws,
+        exact=first.exact | second.exact,
+        confidence=np.maximum(first.confidence + second.confidence - 1, 0.0),
+        details={"estimator": details},
+    )

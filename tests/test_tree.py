@@ -1,0 +1,61 @@
+"""Trees of groups: parents race, and only the children of the winner after them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from guda_fast.estimators import ArrayDifferences, Racing, Tree
+from racing_cases import simulated
+
+GROUPS = [f"parent-{p}" for p in range(5)] + [f"child-{p}-{c}" for p in range(5) for c in range(8)]
+CHILDREN = {f"parent-{p}": [f"child-{p}-{c}" for c in range(8)] for p in range(5)}
+
+
+def family(queries: int = 80) -> np.ndarray:
+    """Children with one that matters a query, whose parent matters as much."""
+    children = simulated(queries, 40, signal=8.0)
+    parents = simulated(queries, 5, signal=0.0, seed=1)
+    best = children.sum(axis=2).argmax(axis=1)
+    rows = np.arange(queries)
+    parents[rows, best // 8] += children[rows, best]
+    return np.concatenate([parents, children], axis=1)
+
+
+def test_the_top_child_of_the_top_parent_is_found_for_less() -> None:
+    differences = family()
+    source = ArrayDifferences(differences)
+    cells = Tree(CHILDREN).replay(source, GROUPS)
+    exact = differences.sum(axis=2)
+    top = np.nan_to_num(cells.scores[:, 5:], nan=-np.inf).argmax(axis=1)
+    parent = np.nan_to_num(cells.scores[:, :5], nan=-np.inf).argmax(axis=1)
+    np.testing.assert_array_equal(parent, exact[:, :5].argmax(axis=1))
+    of_parent = np.arange(40)[None] // 8 == parent[:, None]
+    np.testing.assert_array_equal(top, np.where(of_parent, exact[:, 5:], -np.inf).argmax(axis=1))
+    np.testing.assert_array_equal(cells.draws[:, 5:] > 0, of_parent)
+    np.testing.assert_array_equal(np.isnan(cells.scores), cells.draws == 0)
+    assert (cells.confidence >= 0.99 - 1e-12).all()
+    entry = cells.details["estimator"]
+    assert entry["forwards"] == source.forwards
+    assert entry["saving"] == pytest.approx(80 * 46 * 40 / source.forwards)
+    flat = ArrayDifferences(differences)
+    Racing().replay(flat)
+    assert source.forwards < flat.forwards
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (({},), "Tree: children must be those of at least one parent"),
+        (({"a": ["b"], "c": ["b"]},), "Tree: children must name each group once, got 'b' again"),
+        (({"a": ["b"]}, Racing(), 2), "Tree: parents must be between 1 and 1, got 2"),
+    ],
+)
+def test_trees_are_checked(arguments: tuple, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Tree(*arguments)
+
+
+def test_names_must_be_groups() -> None:
+    with pytest.raises(ValueError, match="Tree: children must name groups of the bank, got 'parent-0'"):
+        Tree(CHILDREN).replay(ArrayDifferences(family(10)), ["x"] * 45)
