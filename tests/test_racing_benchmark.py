@@ -260,6 +260,15 @@ def test_rivals_have_candidates_too(easy: Case) -> None:
     assert np.array_equal(on(case, Raced(0.99), seed=0).top, case.top)
 
 
+def test_a_tree_races_parents_and_then_the_children_of_one(real: FloatArray) -> None:
+    made = synthetic.family(np.tile(real, (5, 1, 1)), 40, 3, 12, seed=1)
+    case = Case("tree", made.differences, parent=made.parent)
+    seen = Raced(0.99).run(case, seed=0)
+    assert np.array_equal(seen.top, case.top)
+    # Two pilots of sixteen: three parents, then the four children of one, each with the base.
+    assert 16 * 12 * (3 + 4 + 1) <= seen.forwards < case.full
+
+
 def test_calibration_counts_estimates_and_tops(easy: Case) -> None:
     found = list(calibration.rows_of(easy, seeds=1))
     assert [row["claim"] for row in found[:2]] == ["top group", "95 % interval of an estimate"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.racing.cases import Case
 from benchmarks.racing.rivals import IntArray, Outcome
-from guda_fast.estimators import ArrayDifferences, Cells, Racing
+from guda_fast.estimators import ArrayDifferences, Cells, Racing, Tree
 
 PILOT = 16
 
@@ -37,9 +37,15 @@ class Raced:
         return self._race(case, ArrayDifferences(case.differences), seed)
 
     def _race(self, case: Case, source: ArrayDifferences, seed: int) -> Cells:
-        return Racing(confidence=self.confidence, pilot=self.pilot, seed=seed).replay(
-            source, candidates=case.candidates
-        )
+        racing = Racing(confidence=self.confidence, pilot=self.pilot, seed=seed)
+        if case.parent is None:
+            return racing.replay(source, candidates=case.candidates)
+        names = [str(group) for group in range(source.groups)]
+        children = {
+            names[parent]: [names[case.parents + child] for child in np.flatnonzero(case.parent == parent)]
+            for parent in range(case.parents)
+        }
+        return Tree(children, racing).replay(source, names)
 
 
 @dataclass(frozen=True)
