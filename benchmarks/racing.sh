@@ -12,7 +12,7 @@ if [ ! -d "$kept/queries" ]; then
     cp -r "$out/queries" "$kept/queries"
     for file in "$kept"/more/*.png; do cp "$file" "$kept/queries/1$(basename "$file")"; done
 fi
-for name in retrack siss logo-0; do
+for name in retrack siss erasediff logo-0; do
     if [ ! -f "$kept/$name.npz" ]; then
         python -m benchmarks.racing record "$out/base" "$out/$name" "$kept/queries" "$kept/$name.npz"
     fi
@@ -23,7 +23,7 @@ for name in retrack logo-0; do
             --samples 16 --most 25
     fi
 done
-recorded=("$kept/retrack.npz" "$kept/siss.npz" "$kept/logo-0.npz")
+recorded=("$kept"/{retrack,siss,erasediff,logo-0}.npz)
 python -m benchmarks.racing curve "$results/racing_curve.csv" "${recorded[@]}"
 python -m benchmarks.racing calibration "$results/racing_calibration.csv" "${recorded[@]}"
 python -m benchmarks.racing monte-carlo "$results/racing_monte_carlo.csv" "$kept"/{retrack,logo-0}-samples.npz
