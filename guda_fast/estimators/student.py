@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from guda_fast.diffusion.schedule import FloatArray
 
 
@@ -9,16 +11,14 @@ def exceedance(x: FloatArray, nu: float) -> FloatArray:
     """P(T > x) under nu degrees of freedom [(N,), 0..1]."""
     from scipy.special import stdtr  # heavy
 
-    p: FloatArray = stdtr(nu, -x)
-    return p
+    return np.asarray(stdtr(nu, -x), dtype=np.float64)
 
 
 def quantile(level: float, nu: FloatArray | float) -> FloatArray:
     """The x that T stays below with probability ``level``, for each number of degrees of freedom."""
     from scipy.special import stdtrit  # heavy
 
-    x: FloatArray = stdtrit(nu, level)
-    return x
+    return np.asarray(stdtrit(nu, level), dtype=np.float64)
 
 
 def error_bound(wrong: int, asked: int, level: float) -> float:
