@@ -85,16 +85,8 @@ def evaluate(
     from guda_fast.evaluation import Options, evaluate, join, significance
     from guda_fast.evaluation._matplotlib import load_matplotlib
 
-    check_out(out)
     load_matplotlib("guda-fast evaluate")
-    if (out / RECORD).exists() and not force:
-        raise FileExistsError(f"--out: {out} must not hold a report already, found {out / RECORD}; pass --force")
-    if (data is None) != (queries is None):
-        raise ValueError("--data: must come with --queries, got one of them")
-    if (subsets is None) != (subset_scores is None):
-        raise ValueError("--subsets: must come with --subset-scores, got one of them")
-    if similarity and data is None:
-        raise ValueError("--similarity: must come with --data and --queries, got neither")
+    _check_options(context.params)
     paths = named_scores(scores)
     null, pattern = given_controls(list(paths), controls)
     methods = attach_controls({name: read_scores(path) for name, path in paths.items()}, null, pattern)
@@ -126,14 +118,25 @@ def evaluate(
         "methods": {name: _hashed(path) for name, path in paths.items()},
         "oracles": [_hashed(path) for path in oracle],
         "controls": {name: _hashed(path) for name, path in null.items()},
-        "subset_scores": None if subset_scores is None else _hashed(subset_scores),
-        "subsets": None if subsets is None else _hashed(subsets),
-        "data": hashes.get("data"),
-        "queries": hashes.get("queries"),
+        **{name: _hashed(context.params[name]) for name in ("subset_scores", "subsets")},
+        **{name: hashes.get(name) for name in ("data", "queries")},
     }
     _write_record(out, context.params, inputs)
     typer.echo(report.to_markdown())
     typer.echo(f"{len(joined.queries)} queries x {len(joined.groups)} groups -> {out}")
+
+
+def _check_options(given: Mapping[str, Any]) -> None:
+    """Raise what is wrong with the options before anything is read."""
+    out = given["out"]
+    check_out(out)
+    if (out / RECORD).exists() and not given["force"]:
+        raise FileExistsError(f"--out: {out} must not hold a report already, found {out / RECORD}; pass --force")
+    for one, other in (("data", "queries"), ("subsets", "subset_scores")):
+        if (given[one] is None) != (given[other] is None):
+            raise ValueError(f"--{one}: must come with --{other.replace('_', '-')}, got one of them")
+    if given["similarity"] and given["data"] is None:
+        raise ValueError("--similarity: must come with --data and --queries, got neither")
 
 
 def named_scores(entries: Sequence[str]) -> dict[str, Path]:
@@ -224,7 +227,9 @@ def _hash(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def _hashed(path: Path) -> dict[str, str]:
+def _hashed(path: Path | None) -> dict[str, str] | None:
+    if path is None:
+        return None
     file = path / SCORES if path.is_dir() else path
     return {"path": str(file), "blake2b": _hash(file.read_bytes())}
 
