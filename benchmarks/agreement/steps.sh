@@ -39,9 +39,9 @@ score() { # BASE NAME
     fi
 }
 
-unlearn_within() { # OPERATOR BASE DATA [options of unlearn]: 100 steps, or fewer where the retain loss rises by 4 %
+unlearn_within() { # OPERATOR BASE DATA [options of unlearn]: 100 steps, or fewer where the retain loss rises by 3 % on a few draws
     guda-fast unlearn "$1" --base "$out/$2" --data "$3" --groups all --out "$out/within/$1" --steps 100 \
-        --set retain_bound=1.04 --set bound_every=5 "${@:4}" "${devices[@]}"
+        --set retain_bound=1.03 --set bound_every=5 "${@:4}" "${devices[@]}"
     python -m benchmarks.unlearning_losses "benchmarks/results/unlearning_$(basename "$out").csv" \
         --base "$out/$2" --data "$3" "$1=$out/within/$1"
 }
