@@ -195,6 +195,7 @@ def _config(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(result: Attribution, controls: Attribution | None, out: Path) -> None:
+    (out / RECORD).unlink(missing_ok=True)  # comes last again: what lacks it is not whole
     if controls is None:
         (out / CONTROLS).unlink(missing_ok=True)  # of a result that this one replaces
     else:

@@ -128,16 +128,18 @@ class Attribution:
         ]
 
     def confidence(self, top: int = 1, of: str = "protocol") -> FloatArray:
-        """The probability that each query's ``top`` highest groups are the highest, or a lower bound of it.
+        """The probability that each query's ``top`` highest groups are the highest, bounded or claimed.
 
             1 - sum over i in the top, j not, of Phi( -(s_i - s_j) / sqrt(se_i^2 + se_j^2) ),   at least 0
 
-        by Bonferroni's inequality over the pairs, for independent normal errors; the common noise of the base makes
-        those of two groups agree, and the bound rather too low. Only cells that were considered are compared.
+        by Bonferroni's inequality over the pairs, for independent normal errors of known size. With few samples a
+        timestep ``std_error`` is too small more often than normal errors would have it, and the value too high. Only
+        cells that were considered are compared.
 
         top: how many groups; where no more than these were considered nothing is to decide: 1 [1 to K].
         of: "protocol": of the exact scores of the protocol, whose cells have no error; estimates have theirs, and for
-            as many groups as a race was for, what racing claims (``race_confidence``) is returned instead.
+            rows with estimates of a race, what it claims (``race_confidence``) is returned for as many groups as it was
+            for, and NaN for others: estimates of groups that dropped out are no basis for a ranking.
             "elbo": of the ELBO restricted to the protocol's timesteps, by the Monte Carlo errors of exact cells.
 
         Returns [(N,), float64, 0 to 1; NaN where a standard error is unknown, which for "elbo" is that of estimates].
@@ -152,9 +154,11 @@ class Attribution:
         if of == "elbo":
             return top_confidence(self.scores, np.where(self.exact, variance, np.nan), top)
         found = top_confidence(self.scores, np.where(self.exact, 0.0, variance), top)
-        if self.race_confidence is None or top != self._raced():
+        if self.race_confidence is None:
             return found
-        return np.where(self.estimated.any(axis=1), self.race_confidence, found)
+        claim = self.race_confidence if top == self._raced() else np.nan
+        asked = self.estimated.any(axis=1) & (self.considered.sum(axis=1) > top)
+        return np.where(asked, claim, found)
 
     def _raced(self) -> int | None:
         """For how many top groups the race was."""
