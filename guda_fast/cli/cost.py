@@ -14,7 +14,7 @@ from guda_fast.cli.estimating import Estimating
 from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion import Protocol
 from guda_fast.estimators import ArrayDifferences, Pilot, Racing
-from guda_fast.estimators.racing import identity_of
+from guda_fast.estimators.run import identity_of
 from guda_fast.forward import Choice, Engine
 from guda_fast.prepare import Execution, Prepared, prepare
 

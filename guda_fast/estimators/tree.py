@@ -13,7 +13,8 @@ from guda_fast.datasets.queries import QuerySet
 from guda_fast.diffusion import Protocol
 from guda_fast.estimators.cells import Cells, considered
 from guda_fast.estimators.differences import BoolArray, Differences, EngineDifferences
-from guda_fast.estimators.racing import Racing, identity_of
+from guda_fast.estimators.racing import Racing
+from guda_fast.estimators.run import identity_of
 from guda_fast.forward import Advance, Engine
 
 
