@@ -54,6 +54,10 @@ class Tree:
         """Forwards of one row each that a run takes at most: the base may run again in the second stage."""
         return (groups + 2) * queries * protocol.draws
 
+    def least(self, queries: int, protocol: Protocol) -> int:
+        """Forwards of one row each that a run takes at least, if a parent has one child: the parents' stage."""
+        return replace(self.racing, top=self.parents).least(queries, len(self.children), protocol)
+
     def run(self, engine: Engine, queries: QuerySet, advance: Advance, candidates: BoolArray | None = None) -> Cells:
         """Scores of the distinct queries; see ``Racing.run``. Cells of other children are not considered."""
         return self.replay(
