@@ -23,7 +23,7 @@ from guda_fast.errors import (
     CheckpointError,
     PrecisionError,
 )
-from guda_fast.estimators import Full, Racing
+from guda_fast.estimators import Budget, Full, Racing, Tree
 from guda_fast.ops import add_noise, denoising_error
 from guda_fast.prepare import precision_audit
 from guda_fast.results import Attribution
@@ -32,6 +32,7 @@ __all__ = [
     "Attribution",
     "BackendUnavailableError",
     "BatchedUnavailableError",
+    "Budget",
     "CancelledError",
     "CheckpointError",
     "Conditions",
@@ -46,6 +47,7 @@ __all__ = [
     "Schedule",
     "Source",
     "TextEncoder",
+    "Tree",
     "__version__",
     "add_noise",
     "append_pack",

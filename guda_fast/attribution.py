@@ -32,7 +32,7 @@ ProgressCallback = Callable[[int, int], object]
 
 @typing.runtime_checkable
 class Estimator(typing.Protocol):
-    """How scores are reached: `Full` or `Racing`."""
+    """How scores are reached: `Full`, `Racing`, `Budget` or `Tree`."""
 
     def forwards(self, queries: int, groups: int, protocol: Protocol) -> int:
         """Forwards of one row each that a run takes at most."""

@@ -126,12 +126,56 @@ def test_candidates_of_an_earlier_run_and_by_name(files, run) -> None:
     assert f"forwards     {QUERIES * 3 * 19:,} rows" in printed
 
 
+def test_a_budget_is_kept_printed_and_replayed(files, run) -> None:
+    given = ("--estimator", "budget", "--forwards", 800, "--pilot-queries", 8)
+    code, printed = run(*arguments(files, *given))
+    assert code == 0, printed
+    found = gf.Attribution.from_parquet("scores")
+    expected = of_api(files, estimator=gf.Budget(800, pilot=8))
+    for name in ("scores", "draws", "exact", "race_confidence"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    used = found.provenance["forwards"]["used"]
+    assert found.provenance["estimator"]["forwards"] == used <= 800
+    assert f"forwards: {used:,} of {4 * QUERIES * 19:,}" in printed and "pilot:" not in printed
+    code, printed = run("score", "--config", "scores/run.json", "--out", "again")
+    assert code == 0, printed
+    np.testing.assert_array_equal(gf.Attribution.from_parquet("again").draws, found.draws)
+    code, printed = run(*arguments(files, *given, "--dry-run"))
+    assert code == 0 and re.search(r"forwards +800 rows", printed), printed
+
+
+def test_a_tree_prints_the_children_of_each_top_parent(files, run) -> None:
+    Path("tree.json").write_text('{"cat": ["dog", "owl"]}')
+    given = (*RACING, "--tree", "tree.json")
+    code, printed = run(*arguments(files, *given, "--top", 2))
+    assert code == 0, printed
+    found = gf.Attribution.from_parquet("scores")
+    assert found.considered.all() and found.provenance["estimator"]["name"] == "tree"
+    lines = [line for line in printed.splitlines() if re.match(r"\d\d\.png   ", line)]
+    assert len(lines) == QUERIES
+    for line in lines:
+        assert "dog  " in line and "owl  " in line and "cat  " not in line
+    code, printed = run("score", "--config", "scores/run.json", "--out", "again")
+    assert code == 0, printed
+    np.testing.assert_array_equal(gf.Attribution.from_parquet("again").draws, found.draws)
+    code, printed = run(*arguments(files, *given, "--dry-run"))
+    assert code == 0 and f"to {5 * QUERIES * 19:,} rows" in printed, printed
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--estimator", "race"], "--estimator: must be one of full, racing, got 'race'"),
+        (["--estimator", "race"], "--estimator: must be one of full, racing, budget, got 'race'"),
         (["--confidence", 0.9], "--confidence: must come with --estimator racing, got --estimator full"),
-        (["--pilot", "p"], "--pilot: must come with --estimator racing, got --estimator full"),
+        (["--pilot", "p"], "--pilot: must come with --estimator racing or budget, got --estimator full"),
+        (["--estimator", "budget"], "--forwards: must come with --estimator budget, got none"),
+        (["--estimator", "racing", "--forwards", 9], "--forwards: must come with --estimator budget, got"),
+        (["--estimator", "budget", "--forwards", 9, "--confidence", 0.9], "--confidence: must come with --estimator"),
+        (["--estimator", "budget", "--forwards", 9, "--tree", "t.json"], "--tree: must come with --estimator racing"),
+        (["--estimator", "budget", "--forwards", 9], "Budget: forwards must be at least"),
+        (["--estimator", "racing", "--tree", "t.json", "--pilot", "p"], "--pilot: must come without --tree"),
+        (["--estimator", "racing", "--tree", "named.json"], "named.json: '00.png' must list groups, found []"),
+        (["--estimator", "racing", "--tree", "t.json"], "Tree: children must name groups of the bank, got 'pets'"),
         (["--estimator", "racing", "--confidence", 2], "confidence must be"),
         (["--estimator", "racing", "--finalists", "all"], "finalists must be one of 'estimate', 'exact', got 'all'"),
         (["--candidates-top", 2], "--candidates-top: must come with --candidates, got it alone"),
@@ -146,6 +190,7 @@ def test_candidates_of_an_earlier_run_and_by_name(files, run) -> None:
 )
 def test_what_does_not_go_together_is_named(files, run, extra: list[object], message: str) -> None:
     Path("named.json").write_text('{"00.png": []}')
+    Path("t.json").write_text('{"pets": ["cat", "dog"]}')
     Path("all.csv").write_text("query,query_id,cat,dog\n00.png,1,0.5,0.5\n")
     code, printed = run(*arguments(files, *extra))
     assert code == 1 and message in " ".join(printed.split()) and "Traceback" not in printed

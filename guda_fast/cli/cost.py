@@ -13,8 +13,8 @@ from guda_fast.candidates import candidate_cells
 from guda_fast.cli.estimating import Estimating
 from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion import Protocol
-from guda_fast.estimators import ArrayDifferences, Pilot, Racing
-from guda_fast.estimators.racing import identity_of
+from guda_fast.estimators import ArrayDifferences, Pilot, Racing, Tree
+from guda_fast.estimators.run import identity_of
 from guda_fast.forward import Choice, Engine
 from guda_fast.prepare import Execution, Prepared, prepare
 
@@ -71,6 +71,8 @@ def _forwards(asked: Estimating, prepared: Prepared) -> _Forwards:
     if asked.candidates is not None:
         wanted = candidate_cells(asked.candidates, query_set, engine.bank.groups)
     most = most_forwards(asked.estimator, prepared, wanted)
+    if isinstance(asked.estimator, Tree):
+        return _Forwards(min(most, asked.estimator.least(len(query_set.ids), protocol)), most)
     if not isinstance(asked.estimator, Racing):
         return _Forwards(most, most)
     groups = len(engine.bank)

@@ -19,12 +19,24 @@ if TYPE_CHECKING:
     from guda_fast.attribution import Estimator
     from guda_fast.candidates import Candidates
 
-NAMES = ("full", "racing")
-_OF_RACING = ("confidence", "max_draws", "finalists", "pilot", "pilot_queries")
+NAMES = ("full", "racing", "budget")
+_OPTIONS = {
+    "confidence": ("racing",),
+    "max_draws": ("racing",),
+    "finalists": ("racing",),
+    "tree": ("racing",),
+    "pilot": ("racing", "budget"),
+    "pilot_queries": ("racing", "budget"),
+    "forwards": ("budget",),
+}
 _PRINTED = 3
 
 EstimatorOption = Annotated[
-    str, typer.Option(help="full: every draw of every cell. racing: as few as decide the top groups with --confidence.")
+    str,
+    typer.Option(
+        help="full: every draw of every cell. racing: as few as decide the top groups with --confidence. budget: no "
+        "more than --forwards, where the top groups are least sure."
+    ),
 ]
 ConfidenceOption = Annotated[
     float | None, typer.Option(help="Of racing: that a query's top groups are those of the full run. [0.99]")
@@ -36,11 +48,23 @@ FinalistsOption = Annotated[
 PilotOption = Annotated[
     Path | None,
     typer.Option(
-        help="Of racing: the file of a pilot, which is read where it is there, and else written for later "
+        help="Of racing and budget: the file of a pilot, which is read where it is there, and else written for later "
         "runs with the same base, groups and protocol."
     ),
 ]
-PilotQueriesOption = Annotated[int | None, typer.Option(help="Of racing: queries of a new pilot. [16]", min=1)]
+PilotQueriesOption = Annotated[
+    int | None, typer.Option(help="Of racing and budget: queries of a new pilot. [16]", min=1)
+]
+ForwardsOption = Annotated[
+    int | None, typer.Option(help="Of budget: forwards of one row each, base and pilot included.", min=1)
+]
+TreeOption = Annotated[
+    Path | None,
+    typer.Option(
+        help='Of racing: JSON {"parent": ["child", ...], ...} of groups; parents race first, then the children of '
+        "each image's top parent. Children are printed."
+    ),
+]
 CandidatesOption = Annotated[
     Path | None,
     typer.Option(
@@ -54,7 +78,7 @@ CandidatesTopOption = Annotated[
 TopOption = Annotated[
     int | None,
     typer.Option(
-        help="Groups to print a query, and to race for. [3; of racing 1]",
+        help="Groups to print a query, and to race for. [3; of racing and budget 1]",
         min=1,
     ),
 ]
@@ -77,13 +101,25 @@ class Estimating:
         name = options["estimator"]
         if name not in NAMES:
             raise ValueError(f"--estimator: must be one of {', '.join(NAMES)}, got {name!r}")
-        for option in _OF_RACING:
-            if options[option] is not None and name != "racing":
+        for option, owners in _OPTIONS.items():
+            if options[option] is not None and name not in owners:
                 flag = f"--{option.replace('_', '-')}"
-                raise ValueError(f"{flag}: must come with --estimator racing, got --estimator {name}")
+                raise ValueError(f"{flag}: must come with --estimator {' or '.join(owners)}, got --estimator {name}")
+        if name == "budget" and options["forwards"] is None:
+            raise ValueError("--forwards: must come with --estimator budget, got none")
+        if options["tree"] is not None and options["pilot"] is not None:
+            raise ValueError("--pilot: must come without --tree, which makes a pilot for each stage, got both")
         candidates = _candidates(options["candidates"], options["candidates_top"])
         top = options["top"] or (_PRINTED if name == "full" else 1)
         return cls(_estimator(name, options, top), candidates, top)
+
+    def ranked(self, result: Attribution) -> Attribution:
+        """What is printed of a result: of a tree the children, which its race is for."""
+        from guda_fast.estimators import Tree
+
+        if not isinstance(self.estimator, Tree):
+            return result
+        return result.select([name for names in self.estimator.children.values() for name in names])
 
     def check_controls(self, controls: list[str]) -> None:
         """Raise ValueError where there are controls, whose cells must all be exact, beside estimates or candidates."""
@@ -97,19 +133,32 @@ class Estimating:
 
 
 def _estimator(name: str, options: Mapping[str, Any], top: int) -> Estimator:
-    from guda_fast.estimators import Full, Racing
+    from guda_fast.estimators import Budget, Full, Racing, Tree
 
     if name == "full":
         return Full()
     given = {
         "pilot_file": options["pilot"],
         "pilot": options["pilot_queries"],
+        "forwards": options["forwards"],
         "confidence": options["confidence"],
         "max_draws": options["max_draws"],
         "finalists": options["finalists"],
     }
     chosen: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
-    return Racing(top=top, **chosen)
+    if name == "budget":
+        return Budget(top=top, **chosen)
+    racing = Racing(top=top, **chosen)
+    return racing if options["tree"] is None else Tree(_children(options["tree"]), racing)
+
+
+def _children(path: Path) -> dict[str, Any]:
+    found = read_object(path)
+    if not found:
+        raise ValueError(f"{path}: must name at least one parent, found none")
+    for parent, names in found.items():
+        _check_names(path, parent, names)
+    return found
 
 
 def _candidates(path: Path | None, count: int | None) -> Candidates | None:
@@ -149,9 +198,10 @@ def summary(result: Attribution) -> Iterator[str]:
         counted.append(f"{cells - exact - estimates:,} not considered")
     yield f"forwards: {used:,} of {full:,}, {full / used:.3g}x fewer; {', '.join(counted)}"
     settings = result.provenance.get("estimator") or {}
-    check = settings.get("pilot")
-    if check:
-        yield _pilot_check(check)
+    for stage in settings.get("stages", [settings]):
+        check = stage.get("pilot")
+        if check and "wrong" in check:
+            yield _pilot_check(check)
     if result.race_confidence is not None:
         claimed, asked = result.race_confidence, settings.get("confidence")
         below = 0 if asked is None else int((claimed < asked).sum())

@@ -21,10 +21,12 @@ from guda_fast.cli.estimating import (
     Estimating,
     EstimatorOption,
     FinalistsOption,
+    ForwardsOption,
     MaxDrawsOption,
     PilotOption,
     PilotQueriesOption,
     TopOption,
+    TreeOption,
     summary,
 )
 from guda_fast.cli.named import all_sources, in_full, sources_in
@@ -99,6 +101,8 @@ def score(
     finalists: FinalistsOption = None,
     pilot: PilotOption = None,
     pilot_queries: PilotQueriesOption = None,
+    forwards: ForwardsOption = None,
+    tree: TreeOption = None,
     candidates: CandidatesOption = None,
     candidates_top: CandidatesTopOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the cost only.")] = False,
@@ -151,7 +155,8 @@ def score(
     ranked = result.with_p_values(null) if null else result
     ranked = ranked.with_provenance(config=_config(context.params))
     _write(ranked, result.select(null) if null else None, out)
-    _print_top(ranked, min(how_scored.top, len(ranked.groups)))
+    shown = how_scored.ranked(ranked)
+    _print_top(shown, min(how_scored.top, len(shown.groups)))
     for line in summary(result):
         typer.echo(line)
     counted = f"{len(ranked.groups)} groups" + (f" and {len(null)} controls" if null else "")

@@ -29,16 +29,18 @@ class Field:
 
     def evaluate(self, cells: IntArray, draws: IntArray) -> FloatArray:
         """Differences of cells at draws, all missing ones in one call of the source [(cells, draws)]."""
-        found = self.differences[np.ix_(cells, draws)]
-        row, column = np.isnan(found).nonzero()
-        if len(row):
-            if self._source is None:
-                raise RuntimeError("Field: source must be given where differences are missing, got none")
-            cell = cells[row]
-            self.rows += len(cell)
-            found[row, column] = self._source(rows_of(self.query[cell], self.group[cell], draws[column]))
-            self.differences[np.ix_(cells, draws)] = found
-        return found
+        missing = np.isnan(self.differences[np.ix_(cells, draws)])
+        if missing.any():
+            row, column = missing.nonzero()
+            self.ask(cells[row], draws[column])
+        return self.differences[np.ix_(cells, draws)]
+
+    def ask(self, cells: IntArray, draws: IntArray) -> None:
+        """Evaluate single draws of cells, in one call of the source [(R,) each, none of them known]."""
+        if self._source is None:
+            raise RuntimeError("Field: source must be given where differences are missing, got none")
+        self.rows += len(cells)
+        self.differences[cells, draws] = self._source(rows_of(self.query[cells], self.group[cells], draws))
 
     @property
     def complete(self) -> BoolArray:

@@ -52,5 +52,12 @@ def gather(source: Differences, considered: BoolArray, ids: IdArray, seed: int) 
     return field, _sample(field, source, ids)
 
 
+def most_forwards(considered: BoolArray, draws: int) -> int:
+    """Forwards of a pilot of these queries at most, those of the base too."""
+    count = considered.sum(axis=1)
+    whole = np.where(count > MOST_GROUPS, _RANDOM + _BEST, count)
+    return int((whole * draws + (count - whole) * min(_FIRST_DRAWS, draws) + draws).sum())
+
+
 def _sample(field: Field, source: Differences, ids: IdArray) -> Sample:
     return Sample(ids, field.query, field.group, field.differences, source.base_errors)

@@ -74,7 +74,7 @@ def run_race(field: Field, rules: Rules, report: Callable[[int, int], None] | No
         row = np.cumsum(rank == 0)[rank >= rules.top] - 1
         p = np.zeros(len(others))
         for place in range(rules.top):
-            p += _behind(white, rules, first[row, place], others, n)
+            p += behind(white, rules, first[row, place], others, n)
         query = field.query[others]
         share = np.maximum(rules.error - spent, 0) / np.maximum(np.bincount(query, minlength=field.queries), 1)
         out = p <= share[query]
@@ -96,7 +96,7 @@ def ranked(query: IntArray, estimate: FloatArray) -> tuple[IntArray, IntArray]:
     return order, place
 
 
-def _behind(white: White, rules: Rules, leader: IntArray, other: IntArray, n: int) -> FloatArray:
+def behind(white: White, rules: Rules, leader: IntArray, other: IntArray, n: int) -> FloatArray:
     """The probability that a cell scores above a leader [(cells,)]."""
     if n == len(rules.design):
         return np.zeros(len(other))  # ranked by the score itself, ties too

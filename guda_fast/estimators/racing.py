@@ -9,19 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from guda_fast._validate import check_choice, check_int, check_real, describe
+from guda_fast._validate import check_choice, check_int, check_real
 from guda_fast.datasets.queries import QuerySet
-from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion import Protocol
-from guda_fast.diffusion.schedule import FloatArray
-from guda_fast.estimators.cells import Cells, considered, standard_error, std_error_kind
+from guda_fast.estimators.cells import Cells, considered
 from guda_fast.estimators.design import looks
-from guda_fast.estimators.differences import BoolArray, Differences, EngineDifferences, IntArray
-from guda_fast.estimators.field import Field, White
+from guda_fast.estimators.differences import BoolArray, Differences, EngineDifferences
+from guda_fast.estimators.field import Field
 from guda_fast.estimators.full import tiles
-from guda_fast.estimators.gather import choose, gather
 from guda_fast.estimators.pilot import LEAST, Pilot
 from guda_fast.estimators.race import Finish, run_race
+from guda_fast.estimators.run import Run, check_settings, given_pilot, identity_of, new_pilot, new_queries, stored
 from guda_fast.forward import Advance, Engine
 
 Report = Callable[[int, int], None]
@@ -59,20 +57,14 @@ class Racing:
     pilot_file: Path | None = None
 
     def __post_init__(self) -> None:
-        check_int("Racing", "top", self.top, 1)
+        check_settings("Racing", self)
         check_real("Racing", "confidence", self.confidence, 0.0)
         if self.confidence > 1:
             raise ValueError(f"Racing: confidence must be at most 1, got {self.confidence!r}")
-        check_int("Racing", "min_draws", self.min_draws, 1)
         if self.max_draws is not None:
             check_int("Racing", "max_draws", self.max_draws, self.min_draws)
-        if not isinstance(self.pilot, Pilot):
-            check_int("Racing", "pilot", self.pilot, LEAST)
         check_choice("Racing", "finalists", self.finalists, ("estimate", "exact"))
-        check_int("Racing", "seed", self.seed, 0)
         check_int("Racing", "tile_bytes", self.tile_bytes, 1)
-        if not (self.pilot_file is None or isinstance(self.pilot_file, Path)):
-            raise TypeError(f"Racing: pilot_file must be a Path, got {describe(self.pilot_file)}")
 
     def forwards(self, queries: int, groups: int, protocol: Protocol) -> int:
         """Forwards of one row each that a run takes at most."""
@@ -80,9 +72,9 @@ class Racing:
 
     def least(self, queries: int, groups: int, protocol: Protocol) -> int:
         """Forwards of one row each that a run takes at least: the pilot, and the first look at everything else."""
-        if self.confidence == 1 or groups <= self.top or (queries < LEAST and not self._stored):
+        if self.confidence == 1 or groups <= self.top or (queries < LEAST and not stored(self)):
             return self.forwards(queries, groups, protocol)
-        pilot = 0 if self._stored else min(queries, self.pilot if isinstance(self.pilot, int) else 0)
+        pilot = 0 if stored(self) else min(queries, self.pilot if isinstance(self.pilot, int) else 0)
         first = min(self.min_draws, protocol.draws)
         return (groups + 1) * (min(pilot, queries) * protocol.draws + (queries - pilot) * first)
 
@@ -111,189 +103,45 @@ class Racing:
     ) -> Cells:
         """The same from any source of differences; without a protocol the errors of exact cells are unknown."""
         count = len(source.ids)
-        run = _Run(self, source, protocol, considered("Racing", candidates, count, source.groups), report)
+        run = Run(self, source, protocol, considered("Racing", candidates, count, source.groups))
         pilot = self._pilot(run, {} if identity is None else identity)
+
+        def race(field: Field, part: Differences, decided: BoolArray) -> Finish:
+            if pilot is None:
+                raise RuntimeError("Racing: a race must have a pilot, got none")
+            field.evaluate(np.flatnonzero(~decided[field.query]), np.arange(source.draws))
+            rules = pilot.rules(self._looks(source.draws), self.top, 1 - self.confidence)
+            finish = run_race(field, rules, report)
+            self._complete(field, finish)
+            return finish
+
         for tile in tiles(count, source.query_bytes + source.groups * source.draws * _BYTES_A_DRAW, self.tile_bytes):
-            run.tile(tile, pilot)
-        run.describe(pilot)
+            run.tile(tile, pilot, race)
+        check = None if pilot is None else pilot.check(self._looks(source.draws), self.top, 1 - self.confidence)
+        run.describe(pilot, self._entry(), check)
         return run.cells
 
-    @property
-    def _stored(self) -> bool:
-        return isinstance(self.pilot, Pilot) or (self.pilot_file is not None and self.pilot_file.exists())
+    def _looks(self, draws: int) -> tuple[int, ...]:
+        most = draws if self.max_draws is None else min(draws, self.max_draws)
+        return (*(n for n in looks(draws, self.min_draws) if n < most), most)
 
-    def _pilot(self, run: _Run, identity: Mapping[str, Any]) -> Pilot | None:
+    def _pilot(self, run: Run, identity: Mapping[str, Any]) -> Pilot | None:
         """The given pilot, or a new one; None where nothing is to decide, or there are too few queries."""
         if self.confidence == 1 or not run.decided.any():
             return None
-        if isinstance(self.pilot, Pilot):
-            pilot = self.pilot
-        elif self.pilot_file is not None and self.pilot_file.exists():
-            pilot = Pilot.load(self.pilot_file)
-        else:
-            chosen = choose(run.considered, run.ids, self.pilot, self.seed)
-            if len(chosen) < LEAST:
-                return None
-            pilot = run.gather(chosen, self.seed, identity)
-            if self.pilot_file is not None:
-                pilot.save(self.pilot_file)
-            return pilot
-        pilot.check_identity(identity)
-        if len(pilot.design) != run.source.draws:
-            raise ValueError(f"Racing: pilot must be of {run.source.draws} draws, got one of {len(pilot.design)}")
-        return pilot
+        if stored(self):
+            return given_pilot("Racing", self, run, identity)
+        chosen = new_queries(self, run)
+        return new_pilot(self, run, chosen, identity) if len(chosen) else None
 
-
-def identity_of(bank: DeltaBank, protocol: Protocol, precision: str) -> dict[str, Any]:
-    """What a pilot depends on, as JSON values."""
-    return {
-        "base_hash": bank.base_hash,
-        "delta_hashes": bank.delta_hashes,
-        "protocol": protocol.to_dict(),
-        "precision": precision,
-    }
-
-
-class _Run:
-    """One run of a racing estimator: its cells, filled tile by tile."""
-
-    def __init__(
-        self,
-        settings: Racing,
-        source: Differences,
-        protocol: Protocol | None,
-        considered: BoolArray,
-        report: Report | None,
-    ) -> None:
-        self.settings, self.source, self.protocol, self.considered, self.report = (
-            settings,
-            source,
-            protocol,
-            considered,
-            report,
-        )
-        self.ids = np.array(source.ids, dtype=np.uint64)
-        self.decided = considered.sum(axis=1) > settings.top
-        kind = "none" if protocol is None else std_error_kind(protocol)
-        self.cells = Cells.unknown(len(self.ids), source.groups, source.draws, kind, confidence=True)
-        self.forwards = 0
-        draws = source.draws
-        most = draws if settings.max_draws is None else min(draws, settings.max_draws)
-        self.looks = (*(n for n in looks(draws, settings.min_draws) if n < most), most)
-
-    def gather(self, chosen: IntArray, seed: int, identity: Mapping[str, Any]) -> Pilot:
-        """Evaluate and fit a pilot of these queries."""
-        part = self.source.part(chosen)
-        field, sample = gather(part, self.considered[chosen], self.ids[chosen], seed)
-        self._count(field, part)
-        return Pilot.fit(sample, identity)
-
-    def tile(self, tile: IntArray, pilot: Pilot | None) -> None:
-        """Race the queries of a tile and keep what is found."""
-        part = self.source.part(tile)
-        field = Field(self.considered[tile], self.source.draws, part)
-        base = self._seed(field, tile, pilot)
-        every = np.arange(self.source.draws)
-        if pilot is None:
-            field.evaluate(np.arange(len(field)), every)
-            finish = None
-        else:
-            field.evaluate(np.flatnonzero(~self.decided[tile][field.query]), every)
-            finish = run_race(
-                field, pilot.rules(self.looks, self.settings.top, 1 - self.settings.confidence), self.report
-            )
-            self._finish(field, finish)
-        self._count(field, part)
-        known = part.base_errors
-        self.cells.base_errors[tile] = np.where(np.isnan(known), base, known)
-        self._keep(tile, field, finish, pilot)
-
-    def _seed(self, field: Field, tile: IntArray, pilot: Pilot | None) -> FloatArray:
-        """Put in what the pilot has evaluated of this tile's cells; returns its base errors."""
-        base = np.full((len(tile), self.source.draws), np.nan)
-        if pilot is None:
-            return base
-        sample, groups = pilot.sample, self.source.groups
-        _, number, row = np.intersect1d(sample.ids, self.ids[tile], return_indices=True)
-        base[row] = sample.base_errors[number]
-        row_of = np.full(len(sample.ids), -1)
-        row_of[number] = row
-        key = np.where(row_of[sample.query] < 0, -1, row_of[sample.query] * groups + sample.group)
-        _, own, found = np.intersect1d(key, field.query * groups + field.group, return_indices=True)
-        field.differences[found] = sample.differences[own]
-        return base
-
-    def _finish(self, field: Field, finish: Finish) -> None:
+    def _complete(self, field: Field, finish: Finish) -> None:
         """Complete the leaders where it is wanted, and where an exact score of another cell could pass them."""
         complete = field.complete
         some = np.bincount(field.query, complete, minlength=field.queries) > 0
-        wanted = finish.leader & (some[field.query] | (self.settings.finalists == "exact"))
-        field.evaluate(np.flatnonzero(wanted & ~complete), np.arange(self.source.draws))
+        wanted = finish.leader & (some[field.query] | (self.finalists == "exact"))
+        field.evaluate(np.flatnonzero(wanted & ~complete), np.arange(field.differences.shape[1]))
 
-    def _keep(self, tile: IntArray, field: Field, finish: Finish | None, pilot: Pilot | None) -> None:
-        """Scores, errors and claims of a tile."""
-        at = (tile[field.query], field.group)
-        complete = field.complete
-        cells = self.cells
-        cells.draws[at] = field.drawn
-        cells.exact[at] = complete
-        score, error = np.full(len(field), np.nan), np.full(len(field), np.nan)
-        score[complete] = field.differences[complete].sum(axis=1)
-        if self.protocol is not None and complete.any():
-            error[complete] = standard_error(field.differences[complete], self.protocol)
-        cells.confidence[tile] = 1.0  # type: ignore[index]
-        if pilot is not None and finish is not None:
-            some = np.flatnonzero(~complete)
-            score[some], error[some] = _estimates(field, some, finish, pilot)
-            _below_leaders(field, finish, complete, score)
-            open_ = np.bincount(field.query[some], minlength=field.queries) > 0
-            cells.confidence[tile[open_]] = 1 - finish.risk[open_]  # type: ignore[index]
-        cells.scores[at], cells.std_error[at] = score, error
-
-    def _count(self, field: Field, part: Differences) -> None:
-        self.forwards += field.rows + int((~np.isnan(part.base_errors)).sum())
-
-    def describe(self, pilot: Pilot | None) -> None:
-        """Say in the cells' details how they were reached."""
-        settings = self.settings
-        full = (int(self.considered.sum()) + len(self.ids)) * self.source.draws
-        entry: dict[str, Any] = {
-            "name": "racing",
-            "top": settings.top,
-            "confidence": settings.confidence,
-            "min_draws": settings.min_draws,
-            "max_draws": settings.max_draws,
-            "finalists": settings.finalists,
-            "seed": settings.seed,
-            "forwards": self.forwards,
-            "forwards_full": full,
-            "saving": full / max(self.forwards, 1),
-            "pilot": None,
-        }
-        if pilot is not None:
-            entry["pilot"] = pilot.check(self.looks, settings.top, 1 - settings.confidence)
-            entry["pilot"]["queries_evaluated"] = pilot.queries
-        self.cells.details["estimator"] = entry  # type: ignore[index]
-
-
-def _estimates(field: Field, cells: IntArray, finish: Finish, pilot: Pilot) -> tuple[FloatArray, FloatArray]:
-    """Best linear estimates of single cells after their draws, and their calibrated errors [(cells,) each]."""
-    score, error = np.empty(len(cells)), np.empty(len(cells))
-    white, drawn = White(field, pilot.cells), finish.drawn[cells]
-    for n in np.unique(drawn).tolist():
-        at = drawn == n
-        own = cells[at]
-        white.extend(own, n)
-        score[at] = white.estimate[own]
-        squares = np.square(white.values[own, :n]).sum(axis=1)
-        error[at] = pilot.cell_scale(squares, n, finish.leader[own])
-    return score, error
-
-
-def _below_leaders(field: Field, finish: Finish, complete: BoolArray, score: FloatArray) -> None:
-    """Put estimates of cells that lost the race just below the query's last leader, where they are not."""
-    leader = np.full(field.queries, np.inf)
-    np.minimum.at(leader, field.query[finish.leader], score[finish.leader])
-    limit = np.nextafter(leader, -np.inf)[field.query]
-    lost = ~finish.leader & ~complete
-    score[lost] = np.minimum(score[lost], limit[lost])
+    def _entry(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        names = ("top", "confidence", "min_draws", "max_draws", "finalists", "seed")
+        return {"name": "racing", **{name: getattr(self, name) for name in names}}

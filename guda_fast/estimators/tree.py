@@ -13,7 +13,8 @@ from guda_fast.datasets.queries import QuerySet
 from guda_fast.diffusion import Protocol
 from guda_fast.estimators.cells import Cells, considered
 from guda_fast.estimators.differences import BoolArray, Differences, EngineDifferences
-from guda_fast.estimators.racing import Racing, identity_of
+from guda_fast.estimators.racing import Racing
+from guda_fast.estimators.run import identity_of
 from guda_fast.forward import Advance, Engine
 
 
@@ -52,6 +53,10 @@ class Tree:
     def forwards(self, queries: int, groups: int, protocol: Protocol) -> int:
         """Forwards of one row each that a run takes at most: the base may run again in the second stage."""
         return (groups + 2) * queries * protocol.draws
+
+    def least(self, queries: int, protocol: Protocol) -> int:
+        """Forwards of one row each that a run takes at least, if a parent has one child: the parents' stage."""
+        return replace(self.racing, top=self.parents).least(queries, len(self.children), protocol)
 
     def run(self, engine: Engine, queries: QuerySet, advance: Advance, candidates: BoolArray | None = None) -> Cells:
         """Scores of the distinct queries; see ``Racing.run``. Cells of other children are not considered."""
