@@ -17,4 +17,4 @@ evaluate agreement_digits retrack capped official-loss siss erasediff
 # How far each operator gets while the loss on what remains stays within 5 %.
 unlearn_within retrack base digits --set weight=0.03
 unlearn_within siss base digits --set share=1
-unlearn_within erasediff base digits --set weight=0.05
+unlearn_within erasediff base digits --set weight=0.05 --set lr=3e-5

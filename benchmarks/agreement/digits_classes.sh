@@ -10,5 +10,5 @@ unlearn_and_score esd base esd --steps 150
 unlearn_and_score redirect base redirect --set anchors=uniform --steps 150
 evaluate agreement_digits_classes esd redirect
 
-unlearn_within esd base "$data"
-unlearn_within redirect base "$data" --set anchors=uniform
+unlearn_within esd base "$data" --set lr=3e-5
+unlearn_within redirect base "$data" --set anchors=uniform --set lr=3e-5
