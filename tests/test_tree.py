@@ -59,3 +59,18 @@ def test_trees_are_checked(arguments: tuple, text: str) -> None:
 def test_names_must_be_groups() -> None:
     with pytest.raises(ValueError, match="Tree: children must name groups of the bank, got 'parent-0'"):
         Tree(CHILDREN).replay(ArrayDifferences(family(10)), ["x"] * 45)
+
+
+def test_children_race_only_below_parents_that_are_candidates() -> None:
+    tree = Tree({"a": ["c"], "b": ["d"]}, parents=2)
+    wanted = np.tile([True, False, True, True], (4, 1))
+    cells = tree.replay(ArrayDifferences(np.ones((4, 4, 10))), ["a", "b", "c", "d"], candidates=wanted)
+    np.testing.assert_array_equal(cells.draws[0] > 0, [True, False, True, False])
+    wanted[2] = [True, True, False, True]  # only the second parent has a child there
+    cells = tree.replay(ArrayDifferences(np.ones((4, 4, 10))), ["a", "b", "c", "d"], candidates=wanted)
+    np.testing.assert_array_equal(cells.draws[2] > 0, [False, True, False, True])
+    wanted[2] = [True, False, False, True]
+    source = ArrayDifferences(np.ones((4, 4, 10)))
+    with pytest.raises(ValueError, match="Tree: candidates must have a parent and a child of it .* got none for 2"):
+        tree.replay(source, ["a", "b", "c", "d"], candidates=wanted)
+    assert source.forwards == 0

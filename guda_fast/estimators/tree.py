@@ -84,9 +84,17 @@ class Tree:
         wanted = considered("Tree", candidates, len(source.ids), source.groups)
         parent, below = self._places(groups)
         stage = replace(self.racing, confidence=(1 + self.racing.confidence) / 2)
-        first = replace(stage, top=self.parents).replay(source, protocol, wanted & parent, identity=identity)
-        top = np.argsort(-np.where(parent & wanted, first.scores, -np.inf), axis=1, kind="stable")[:, : self.parents]
-        second = stage.replay(source, protocol, wanted & below[top].any(axis=1), identity=identity)
+        able = wanted & parent & (wanted @ below.T)  # a parent without a candidate child leads nowhere
+        if not able.any(axis=1).all():
+            row = int(np.flatnonzero(~able.any(axis=1))[0])
+            raise ValueError(
+                f"Tree: candidates must have a parent and a child of it for each query, got none for {row}"
+            )
+        first = replace(stage, top=self.parents).replay(source, protocol, able, identity=identity)
+        top = np.argsort(-np.where(able, first.scores, -np.inf), axis=1, kind="stable")[:, : self.parents]
+        won = np.zeros_like(able)
+        np.put_along_axis(won, top, True, axis=1)
+        second = stage.replay(source, protocol, wanted & ((won & able) @ below), identity=identity)
         return _joined(first, second)
 
     def _places(self, groups: Sequence[str]) -> tuple[BoolArray, BoolArray]:
