@@ -8,25 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from conditional import MODELS, conditions_of
+from gradient_cases import SCHEDULERS, STEPS, images, noised
 from guda_fast.baselines.gradients import METHODS, gradient_attribution, group_scores
 from guda_fast.baselines.gradients import attribution as module
 from guda_fast.baselines.gradients.projection import _hashes
 from guda_fast.datasets import GroupedImages
-from guda_fast.diffusion import query_id
 from guda_fast.diffusion.flow import read_schedule
-from guda_fast.reference.philox import standard_normals
 from tiny import tiny_unet
-
-STEPS = [90, 10, 40]
-SCHEDULERS: dict[str, Any] = {
-    "noise": lambda: DDPMScheduler(num_train_timesteps=100),
-    "v": lambda: DDPMScheduler(num_train_timesteps=100, prediction_type="v_prediction"),
-    "flow": lambda: FlowMatchEulerDiscreteScheduler(num_train_timesteps=100),
-}
 
 
 class Affine(nn.Module):
@@ -40,25 +31,6 @@ class Affine(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
         return ((sample.flatten(1) @ self.weight.T + self.bias).reshape(sample.shape),)
-
-
-def images(count: int, shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.rand((count, *shape), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def noised(scheduler: Any, image: Tensor, seed: int, steps: list[int] = STEPS) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """x_t, target and time of an image at each timestep [(C, H, W), (C, H, W), ()], from the definition."""
-    schedule = read_schedule(scheduler)
-    identity = torch.from_numpy(np.array([query_id(image.numpy())], dtype=np.uint64).view(np.int64))
-    found = []
-    for t in steps:
-        draw = (identity, torch.tensor([t]), torch.tensor([0]), image.numel())
-        eps = standard_normals(*draw, seed=seed, dtype=torch.float64).reshape(image.shape)
-        (a,), (b,) = schedule.scales([t])
-        (c,), (d,) = schedule.target_scales([t])
-        x0 = image.double()
-        found.append((a * x0 + b * eps, c * x0 + d * eps, torch.from_numpy(schedule.model_timesteps([t]))))
-    return found
 
 
 def dense(method: str, phi: np.ndarray, asked: np.ndarray, error: np.ndarray, damping: float) -> np.ndarray:

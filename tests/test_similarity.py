@@ -104,6 +104,24 @@ def test_top_k_and_centroid_against_loops(reduce, monkeypatch) -> None:
             assert found[row, column] == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
+@pytest.mark.parametrize("reduce", ["mean", "max", "top-k", "centroid"])
+def test_cosines_are_those_of_scikit_learn(case, reduce) -> None:
+    from sklearn.metrics.pairwise import cosine_similarity
+
+    queries, examples, members = case
+    flat, known = queries.double().flatten(1).numpy(), examples.double().flatten(1).numpy()
+    reduced = {"mean": lambda v: v.mean(1), "max": lambda v: v.max(1), "top-k": lambda v: np.sort(v)[:, -4:].mean(1)}
+    columns = [
+        cosine_similarity(flat, known[index.numpy()].mean(axis=0)[None])[:, 0]
+        if reduce == "centroid"
+        else reduced[reduce](cosine_similarity(flat, known[index.numpy()]))
+        for index in members.values()
+    ]
+    found = similarity(queries, examples, members, reduce=reduce, k=4)
+    # As many roundings as for the plain loop, on both sides.
+    np.testing.assert_allclose(found, np.stack(columns, axis=1), rtol=0, atol=80 * 2.0**-53)
+
+
 def test_k_is_checked() -> None:
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         similarity(torch.eye(2), torch.eye(2), {"a": torch.tensor([0])}, reduce="top-k", k=0)
