@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,23 +15,32 @@ from guda_fast.datasets.grouped import GroupedImages
 
 REDUCTIONS = ("mean", "max", "top-k", "centroid")
 _EXAMPLES_AT_ONCE = _QUERIES_AT_ONCE = 1024
+_Take = Callable[[Tensor], Tensor]
 
 
 def similarity(
-    queries: Tensor, examples: Tensor, members: Mapping[str, Tensor], *, reduce: str = "mean", k: int = 10
+    queries: Tensor,
+    examples: Tensor,
+    members: Mapping[str, Tensor],
+    *,
+    reduce: str = "mean",
+    k: int = 10,
+    device: torch.device | str | None = None,
 ) -> NDArray[np.float64]:
     """Cosine similarity of each query to each group, over the group's examples.
 
         mean over x in D_k of cos(q, x),   their maximum,   the mean of the k highest,   or cos(q, mean of D_k)
 
-    A vector of zeros has similarity 0 to all others. Products are in float64 on the CPU, some examples and some queries
-    at a time: what is held besides the arguments does not grow with N times M.
+    A vector of zeros has similarity 0 to all others. Products are in float64, some examples and some queries at a time:
+    besides the arguments only the queries' directions and the groups' means are held, whatever M is.
 
     queries: features of the queries [(N, ...), floating point, finite]
     examples: features of the training data, of the same kind [(M, ...), floating point, finite]
     members: which examples each group has [(M_k,) each: int64, M_k >= 1, K >= 1]
     reduce: over a group's examples, "mean", "max", "top-k" or "centroid"
     k: of "top-k"; a group with fewer examples has the mean of all [>= 1]
+    device: of the products, which must have float64; examples that are elsewhere are copied there in turn [that of the
+        queries]
     Returns: scores [(N, K), float64, -1 to 1], groups in the order of ``members``
     Raises: TypeError, ValueError naming the argument
 
@@ -46,15 +56,22 @@ def similarity(
     for group, index in members.items():
         check_tensor(where, f"members[{group!r}]", index, shape=(None,), dtypes=(torch.int64,))
         check_index_range(where, f"members[{group!r}]", index, len(examples) - 1)
-    return _similarity(where, queries, lambda index: examples[index], members, reduce, k)
+    return _similarity(where, queries, lambda index: examples[index], members, reduce, k, device)
 
 
-def pixel_similarity(queries: Tensor, data: GroupedImages, *, reduce: str = "mean", k: int = 10) -> NDArray[np.float64]:
+def pixel_similarity(
+    queries: Tensor,
+    data: GroupedImages,
+    *,
+    reduce: str = "mean",
+    k: int = 10,
+    device: torch.device | str | None = None,
+) -> NDArray[np.float64]:
     """``similarity`` on pixels in [-1, 1], where 0 is middle grey.
 
     queries: images [(N, C, H, W), floating point, in [-1, 1], C x H x W as the data's]
     data: the training images and their groups
-    reduce, k: as for ``similarity``, over a group's images
+    reduce, k, device: as for ``similarity``, over a group's images
     Returns: scores [(N, K), float64, -1 to 1], groups in the order of ``data.groups``
     Raises: TypeError, ValueError naming the argument
 
@@ -65,16 +82,17 @@ def pixel_similarity(queries: Tensor, data: GroupedImages, *, reduce: str = "mea
     where = "pixel_similarity"
     shape = (None, *data.images.shape[1:])
     check_tensor(where, "queries", queries, shape=shape, dtypes=(torch.float32, torch.float64))
-    return _similarity(where, queries, data.take, data.members, reduce, k)
+    return _similarity(where, queries, data.take, data.members, reduce, k, device)
 
 
 def _similarity(
     where: str,
     queries: Tensor,
-    take: Callable[[Tensor], Tensor],
+    take: _Take,
     members: Mapping[str, Tensor],
     reduce: str,
     k: int,
+    device: torch.device | str | None,
 ) -> NDArray[np.float64]:
     check_choice(where, "reduce", reduce, REDUCTIONS)
     check_int(where, "k", k, 1)
@@ -84,43 +102,82 @@ def _similarity(
     for group, index in members.items():
         if len(index) == 0:
             raise ValueError(f"{where}: members must have an example of every group, got none for {group!r}")
-    directions = _directions(queries)
-    highest = {"max": 1, "top-k": k}.get(reduce)
-    columns = []
-    for index in members.values():
-        if highest is not None:
-            columns.append(_highest(directions, _directions_of(index, take), highest))
-            continue
-        if reduce == "mean":
-            # The mean of the cosines is the product with the mean direction.
-            centre = torch.stack([part.sum(dim=0) for part in _directions_of(index, take)]).sum(dim=0) / len(index)
-        else:
-            sums = [take(part).detach().cpu().double().flatten(1).sum(dim=0) for part in index.split(_EXAMPLES_AT_ONCE)]
-            centre = _directions(torch.stack(sums).sum(dim=0)[None] / len(index))[0]
-        columns.append(directions @ centre)
-    return np.stack([column.numpy() for column in columns], axis=1)
+    place = queries.device if device is None else torch.device(device)
+    directions = torch.cat([_directions(part, place) for part in queries.split(_QUERIES_AT_ONCE)])
+    groups = list(members.values())
+    if reduce in ("mean", "centroid"):
+        scores = directions @ torch.stack([_centre(index, take, reduce, place) for index in groups]).T
+    else:
+        scores = _highest(directions, groups, take, 1 if reduce == "max" else k)
+    return scores.cpu().numpy()
 
 
-def _highest(directions: Tensor, parts: Iterable[Tensor], count: int) -> Tensor:
-    """The mean of so many highest cosines of each direction, or of all where there are fewer [(N,)]."""
-    best = torch.empty((len(directions), 0), dtype=torch.float64)
-    for part in parts:
-        found = []
-        for some, known in zip(directions.split(_QUERIES_AT_ONCE), best.split(_QUERIES_AT_ONCE), strict=True):
-            cosines = torch.cat([known, some @ part.T], dim=1)
-            found.append(cosines.topk(min(count, cosines.shape[1]), dim=1).values)
-        best = torch.cat(found)
-    return best.mean(dim=1)
+def _centre(index: Tensor, take: _Take, reduce: str, device: torch.device) -> Tensor:
+    """What has the group's score as its product with a query's direction [(F,)]."""
+    parts = (take(part) for part in index.split(_EXAMPLES_AT_ONCE))
+    if reduce == "mean":
+        # The mean of the cosines is the product with the mean direction.
+        return torch.stack([_directions(part, device).sum(dim=0) for part in parts]).sum(dim=0) / len(index)
+    sums = [_rows(part, device).sum(dim=0) for part in parts]
+    return _directions(torch.stack(sums).sum(dim=0)[None] / len(index), device)[0]
 
 
-def _directions_of(index: Tensor, take: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-    """The directions of a group's examples, some at a time, so that no copy of the data is made."""
-    return (_directions(take(part)) for part in index.split(_EXAMPLES_AT_ONCE))
+class _Part(NamedTuple):
+    """Some examples of a group, and whether they are its last."""
+
+    column: int
+    index: Tensor
+    last: bool
 
 
-def _directions(values: Tensor) -> Tensor:
+def _packs(groups: Sequence[Tensor]) -> Iterator[list[_Part]]:
+    """All groups in order, so many examples at a time: small groups share a product, large ones take several."""
+    pack: list[_Part] = []
+    for column, index in enumerate(groups):
+        split = index.split(_EXAMPLES_AT_ONCE)
+        for number, part in enumerate(split, start=1):
+            if pack and sum(len(other.index) for other in pack) + len(part) > _EXAMPLES_AT_ONCE:
+                yield pack
+                pack = []
+            pack.append(_Part(column, part, number == len(split)))
+    yield pack
+
+
+def _highest(directions: Tensor, groups: Sequence[Tensor], take: _Take, count: int) -> Tensor:
+    """The mean of so many highest cosines with each group's examples, or of all where there are fewer [(N, K)]."""
+    scores = directions.new_empty((len(directions), len(groups)))
+    kept = directions.new_empty((len(directions), 0))  # of a group whose examples are not yet all seen
+    for pack in _packs(groups):
+        block = _directions(take(torch.cat([part.index for part in pack])), directions.device)
+        unfinished = []
+        chunks = (value.split(_QUERIES_AT_ONCE) for value in (directions, kept, scores))
+        for some, known, out in zip(*chunks, strict=True):
+            cosines = (some @ block.T).split([len(part.index) for part in pack], dim=1)
+            # Only a pack's first part can go on with a group of the pack before.
+            for part, own in zip(pack, (torch.cat([known, cosines[0]], dim=1), *cosines[1:]), strict=True):
+                best = _best(own, count)
+                if part.last:
+                    out[:, part.column] = best.mean(dim=1)
+                else:
+                    unfinished.append(best)
+        kept = torch.cat(unfinished) if unfinished else directions.new_empty((len(directions), 0))
+    return scores
+
+
+def _best(cosines: Tensor, count: int) -> Tensor:
+    """So many highest of each row, in any order, or all where there are fewer."""
+    if count == 1:
+        return cosines.amax(dim=1, keepdim=True)
+    return cosines.topk(min(count, cosines.shape[1]), dim=1, sorted=False).values
+
+
+def _rows(values: Tensor, device: torch.device) -> Tensor:
+    return values.detach().to(device, torch.float64).flatten(1)
+
+
+def _directions(values: Tensor, device: torch.device) -> Tensor:
     """Each row scaled to length 1, in float64; zeros stay zeros."""
-    rows = values.detach().cpu().double().flatten(1)
+    rows = _rows(values, device)
     # By its largest element first: squares of tiny or huge values leave the range of float64.
     rows = rows / rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
@@ -128,5 +185,6 @@ def _directions(values: Tensor) -> Tensor:
 
 
 def _check_finite(where: str, name: str, values: Tensor) -> None:
-    if not bool(torch.isfinite(values).all()):
+    # Some at a time: for all of them it would make a copy of the data.
+    if not all(bool(torch.isfinite(part).all()) for part in values.split(_EXAMPLES_AT_ONCE)):
         raise ValueError(f"{where}: {name} must be finite, got NaN or infinity")
