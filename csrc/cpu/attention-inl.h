@@ -88,10 +88,15 @@ void pack_keys(float* to, const void* from, std::int64_t stride, std::int64_t ro
 }
 
 // What kWidth queries know of the keys so far: p = 2^(score - base), summed here and, times v, in a total for
-// each dimension.
+// each dimension. These hold the current stretch of keys; `before` has those of the stretches before it, the
+// sum last, so that no chain of additions grows with all keys.
 struct Running {
   VecF base, sum;
+  float* before;
 };
+
+// Blocks of keys in a stretch: at 8192 keys as many as there are stretches.
+constexpr int kStretch = 32;
 
 // The base follows scores that exceed it by more than this. Powers up to 2^16 lose no digit, and nearly no
 // block has scores so far above those before: the old sums are scaled seldom.
@@ -107,6 +112,23 @@ GUDA_FAST_INLINE void raise_base(Running* running, VecF* total, VecF most, std::
   const VecF factor = exp2<dtype>(base - running->base);
   running->sum = running->sum * factor;
   for (std::int64_t d = 0; d < dim; ++d) total[d] = total[d] * factor;
+  for (std::int64_t d = 0; d <= dim; ++d) {
+    float* before = running->before + d * kWidth;
+    store(before, load<VecF>(before) * factor);
+  }
+}
+
+// Ends a stretch: what it holds goes to those before.
+GUDA_FAST_INLINE void end_stretch(Running* running, VecF* total, std::int64_t dim) {
+#pragma GCC unroll 8
+  for (std::int64_t d = 0; d < dim; ++d) {
+    float* before = running->before + d * kWidth;
+    store(before, load<VecF>(before) + total[d]);
+    total[d] = VecF{};
+  }
+  float* before = running->before + dim * kWidth;
+  store(before, load<VecF>(before) + running->sum);
+  running->sum = VecF{};
 }
 
 // One block of keys, `used` of which are there. queries and total have a vector for each dimension.
@@ -167,17 +189,23 @@ void attend_tile(const Queries& call, std::int64_t first, std::int64_t rows) {
   VecF* total = queries + dim;
 #pragma GCC unroll 8
   for (std::int64_t d = 0; d < dim; ++d) total[d] = VecF{};
+  float* results = call.scratch + 2 * kWidth * dim;
+  std::memset(results, 0, static_cast<std::size_t>(kWidth * (dim + 1)) * sizeof(float));
   // Not minus infinity, from which scores of minus infinity had no difference.
-  Running running = {splat(-0x1.fffffep127f), VecF{}};
+  Running running = {splat(-0x1.fffffep127f), VecF{}, results};
   const float *k = call.k, *v = call.v;
-  for (std::int64_t left = call.keys; left > 0; left -= kKeyBlock) {
-    add_keys<dtype>(&running, total, queries, k, v, left < kKeyBlock ? left : kKeyBlock, dim);
-    k += kKeyBlock * dim;
-    v += kKeyBlock * dim;
+  for (std::int64_t left = call.keys; left > 0;) {
+    for (int block = 0; block < kStretch && left > 0; ++block, left -= kKeyBlock) {
+      add_keys<dtype>(&running, total, queries, k, v, left < kKeyBlock ? left : kKeyBlock, dim);
+      k += kKeyBlock * dim;
+      v += kKeyBlock * dim;
+    }
+    end_stretch(&running, total, dim);
   }
-  const VecF share = 1.0f / running.sum;
-  float* results = call.scratch + kWidth * dim;  // where the totals are, if they are in memory
-  for (std::int64_t d = 0; d < dim; ++d) store(results + d * kWidth, total[d] * share);
+  const VecF share = 1.0f / load<VecF>(results + dim * kWidth);
+  for (std::int64_t d = 0; d < dim; ++d) {
+    store(results + d * kWidth, load<VecF>(results + d * kWidth) * share);
+  }
   write_rows<dtype>(static_cast<T*>(call.out) + first * call.out_stride, call.out_stride, results, rows, dim);
 }
 

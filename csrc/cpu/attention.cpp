@@ -35,9 +35,9 @@ struct Workspace {
 
   Workspace(std::int64_t packed, std::int64_t dim)
       : memory(static_cast<float*>(::operator new(
-            static_cast<std::size_t>(2 * packed + (2 * dim + 3) * kLanes) * sizeof(float), kVector))),
+            static_cast<std::size_t>(2 * packed + (3 * dim + 4) * kLanes) * sizeof(float), kVector))),
         scratch(memory.get()),
-        k(scratch + (2 * dim + 3) * kLanes),
+        k(scratch + (3 * dim + 4) * kLanes),
         v(k + packed) {}
 };
 

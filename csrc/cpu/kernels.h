@@ -70,7 +70,7 @@ using Normalize = void (*)(void* out, std::int64_t out_position_stride, const vo
 constexpr int kKeyBlock = 8;
 
 // Queries of one (row, head) pair, `dim` elements each, and its packed keys and values. scratch, aligned as
-// vectors are, has room for (2 * dim + 3) * kLanes.
+// vectors are, has room for (3 * dim + 4) * kLanes.
 struct Queries {
   void* out;
   std::int64_t out_stride;
