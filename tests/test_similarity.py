@@ -125,3 +125,33 @@ def test_cosines_are_those_of_scikit_learn(case, reduce) -> None:
 def test_k_is_checked() -> None:
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         similarity(torch.eye(2), torch.eye(2), {"a": torch.tensor([0])}, reduce="top-k", k=0)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 7, 1024])
+@pytest.mark.parametrize("reduce", ["max", "top-k"])
+def test_small_groups_share_a_product(reduce, at_once, monkeypatch) -> None:
+    """Groups of one to nine examples: some share a product, some go on in the next one."""
+    generator = torch.Generator().manual_seed(3)
+    queries, examples = (torch.randn(count, 5, generator=generator).double() for count in (11, 60))
+    sizes = [1, 9, 2, 2, 1, 8, 3, 9, 1]
+    members = {str(n): torch.randperm(60, generator=generator)[:size] for n, size in enumerate(sizes)}
+    whole = similarity(queries, examples, members, reduce=reduce, k=4)
+    for name in ("_EXAMPLES_AT_ONCE", "_QUERIES_AT_ONCE"):
+        monkeypatch.setattr(sys.modules[similarity.__module__], name, at_once)
+    np.testing.assert_allclose(similarity(queries, examples, members, reduce=reduce, k=4), whole, rtol=0, atol=2e-15)
+    highest = 1 if reduce == "max" else 4
+    for column, index in enumerate(members.values()):
+        expected = [np.mean(sorted(plain_cosine(q, examples[i]) for i in index)[-highest:]) for q in queries]
+        np.testing.assert_allclose(whole[:, column], expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max", "top-k", "centroid"])
+def test_products_are_made_where_they_are_asked_for(case, reduce, monkeypatch) -> None:
+    """Every copy goes to the device that was named, which has no elements here, and nothing goes elsewhere."""
+    queries, examples, members = case
+    np.testing.assert_array_equal(
+        similarity(queries, examples, members, reduce=reduce, device="cpu"),
+        similarity(queries, examples, members, reduce=reduce),
+    )
+    with pytest.raises(NotImplementedError, match="[Mm]eta"):
+        similarity(queries, examples, members, reduce=reduce, device="meta")

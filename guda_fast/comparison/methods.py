@@ -141,7 +141,7 @@ class Baseline:
 
 
 def _pixels(setting: Setting, **choices: Any) -> Found:
-    return Found(pixel_similarity(setting.queries.x0, setting.data, **choices), 0)
+    return Found(pixel_similarity(setting.queries.x0, setting.data, device=setting.device, **choices), 0)
 
 
 def _unet(setting: Setting, *, timestep: int | None = None, **choices: Any) -> Found:
@@ -168,7 +168,8 @@ def _encoder(setting: Setting, *, folder: str = "", **choices: Any) -> Found:
 
 def _embedded(setting: Setting, embedder: Embedder, choices: Mapping[str, Any]) -> Found:
     images, queries = setting.data.take(torch.arange(len(setting.data))), setting.queries.x0
-    scores = similarity(embed(queries, embedder), embed(images, embedder), setting.data.members, **choices)
+    features = embed(queries, embedder), embed(images, embedder)
+    scores = similarity(*features, setting.data.members, device=setting.device, **choices)
     return Found(scores, len(queries) + len(images))
 
 
