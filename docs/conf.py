@@ -1,0 +1,46 @@
+"""Sphinx: `make docs` builds docs/ into build/docs. Nothing is fetched, neither here nor by the pages."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "docs" / "_ext"))
+
+from guda_fast import __version__  # noqa: E402 (after the path, as what follows)
+
+project = "guda_fast"
+author = "the guda_fast authors"
+version = release = __version__
+language = "en"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "docstrings", "elsewhere"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["_ext"]
+
+# Indented blocks are formulas and command lines, in no one language.
+highlight_language = "none"
+pygments_style = "friendly"
+pygments_dark_style = "github-dark"
+myst_heading_anchors = 3
+myst_enable_extensions = ["colon_fence"]
+
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_class_signature = "separated"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 100
+add_module_names = False
+toc_object_entries_show_parents = "hide"
+
+# Links between pages, and to everything that this package exports, are checked. Types of other libraries are not: that
+# would take their inventories, from the network. Nor are types that no package exports, which signatures name.
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!guda_fast\.).*")]
+
+html_theme = "furo"
+html_title = "guda_fast"
+html_show_sourcelink = False
+html_copy_source = False
+html_show_sphinx = False
+html_last_updated_fmt = None
