@@ -14,7 +14,7 @@ project = "guda_fast"
 author = "the guda_fast authors"
 version = release = __version__
 language = "en"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "docstrings", "elsewhere"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "docstrings", "elsewhere", "measurements"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_ext"]
 
@@ -33,10 +33,13 @@ python_maximum_signature_line_length = 100
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
-# Links between pages, and to everything that this package exports, are checked. Types of other libraries are not: that
-# would take their inventories, from the network. Nor are types that no package exports, which signatures name.
+# Links are checked, but for types in signatures that are not documented here: those of other libraries, whose
+# inventories would have to come from the network, and those that no package of ours exports.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!guda_fast\.).*")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!guda_fast\b).*"),
+    ("py:class", r"guda_fast\.(\w+|\w+\.[\w.]+)\.\w+"),
+]
 
 html_theme = "furo"
 html_title = "guda_fast"

@@ -16,8 +16,8 @@ from sphinx.application import Sphinx
 PACKAGES = tuple(
     f"guda_fast{name}"
     for name in (
-        *("", ".baselines", ".counterfactuals", ".datasets", ".diffusion", ".engines"),
-        *(".estimators", ".evaluation", ".forward", ".ops", ".report", ".store"),
+        *("", ".baselines", ".counterfactuals", ".datasets", ".deltas", ".diffusion"),
+        *(".engines", ".estimators", ".evaluation", ".forward", ".ops", ".report", ".store"),
     )
 )
 _ITEM = re.compile(r"([a-z_][\w.]*(?:(?:, | and )[a-z_][\w.]*)*|Returns|Raises|Source): (.+)")
