@@ -29,6 +29,13 @@ autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_class_signature = "separated"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+autodoc_type_aliases = {
+    name: name
+    for name in (
+        *("ArrayLike", "BoolArray", "Candidates", "ConditionSource", "CountArray", "FloatArray", "IntArray"),
+        *("NDArray", "QuerySource", "SourceLike"),
+    )
+}
 python_maximum_signature_line_length = 100
 add_module_names = False
 toc_object_entries_show_parents = "hide"

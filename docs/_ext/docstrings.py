@@ -7,9 +7,12 @@ a link to it, and nothing else of the text is taken for markup.
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import re
 
+from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 
 # The packages of the reference; of a name that several export, the first one's page has it.
@@ -104,6 +107,13 @@ def convert(lines: list[str], where: dict[str, str]) -> list[str]:
     return result
 
 
+def _unlink_builtins(app: Sphinx, doctree: nodes.document) -> None:
+    """Sphinx takes `bytes` in a signature for any attribute of that name."""
+    for reference in list(doctree.findall(addnodes.pending_xref)):
+        if reference["reftype"] == "class" and reference["reftarget"] in vars(builtins):
+            reference.replace_self(reference.children)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Sphinx calls this."""
     where = public()
@@ -112,4 +122,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
         lines[:] = convert(lines, where)
 
     app.connect("autodoc-process-docstring", rewrite)
+    app.connect("doctree-read", _unlink_builtins)
     return {"parallel_read_safe": True}
