@@ -26,6 +26,7 @@ PACKAGES = tuple(
 _ITEM = re.compile(r"([a-z_][\w.]*(?:(?:, | and )[a-z_][\w.]*)*|Returns|Raises|Source): (.+)")
 _FORMULA = re.compile(r"[\w\[\], ]+ = ")
 _CODE = re.compile(r"(`{1,2})(.+?)\1")
+_PAGE = re.compile(r"\bdocs/([\w-]+)\.md\b")
 _NAME = re.compile(r"(?:gf\.)?([A-Za-z]\w*)(?:\(.*\))?$")
 
 
@@ -44,7 +45,7 @@ def public() -> dict[str, str]:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"([\\*`_|<>])", r"\\\1", text)
+    return _PAGE.sub(r":doc:`\g<0> </\1>`", re.sub(r"([\\*`_|<>])", r"\\\1", text))
 
 
 def _inline(text: str, where: dict[str, str]) -> str:
@@ -53,7 +54,7 @@ def _inline(text: str, where: dict[str, str]) -> str:
         parts.append(_plain(text[end : match.start()]))
         code, end = match[2], match.end()
         name = _NAME.match(code)
-        path = where.get(name[1]) if name else None
+        path = code if code in where.values() else where.get(name[1]) if name else None
         # a short word in lower case is more often an option or an argument than a function
         linked = path is not None and (path.count(".") == 1 or not code.islower())
         parts.append(f":py:obj:`{code} <{path}>`" if linked else f"``{code}``")
@@ -121,6 +122,10 @@ def setup(app: Sphinx) -> dict[str, bool]:
     def rewrite(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
         lines[:] = convert(lines, where)
 
+    def rename(app: Sphinx, what: str, name: str, thing: object, options: object, *texts: str | None) -> object:
+        return tuple(text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in texts)
+
     app.connect("autodoc-process-docstring", rewrite)
+    app.connect("autodoc-process-signature", rename)
     app.connect("doctree-read", _unlink_builtins)
     return {"parallel_read_safe": True}

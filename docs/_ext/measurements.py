@@ -56,7 +56,10 @@ def _table(header: list[str], lines: list[list[str]]) -> str:
     def cells(line: list[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
 
-    right = [all(re.fullmatch(r"[-+\d.,e%\[\] ]*", line[column]) for line in lines) for column in range(len(header))]
+    right = [
+        all(re.fullmatch(r"(?:[-+\d.,e%\[\] ]|&nbsp;)*", line[column]) for line in lines)
+        for column in range(len(header))
+    ]
     rule = ["---:" if number else "---" for number in right]
     text = "\n".join([cells(header), cells(rule), *map(cells, lines)])
     if len(lines) <= _LONG:
@@ -88,7 +91,7 @@ def _ratios(rows: list[Row]) -> str:
 def _interval(row: Row, middle: str) -> str:
     ends = [row[end] for end in ("low", "high")]
     value = f"{float(row[middle]):.3f}" if row[middle] else ""
-    return f"{value} [{float(ends[0]):.3f}, {float(ends[1]):.3f}]" if all(ends) else value
+    return f"{value} [{float(ends[0]):.3f},&nbsp;{float(ends[1]):.3f}]" if all(ends) else value
 
 
 def _metrics(rows: list[Row]) -> str:
@@ -109,9 +112,11 @@ def _plain(rows: list[Row]) -> str:
     return (f"Of all rows: {same}.\n\n" if same else "") + _table(differ, lines)
 
 
-def section(path: Path) -> str:
-    """The section of one CSV file, as Markdown."""
+def section(path: Path, said: dict[str, str]) -> str:
+    """The section of one CSV file, as Markdown. said: what was described already, and in which section."""
     rows, name = rows_of(path), path.stem
+    text = described(name)
+    first = said.setdefault(text, name)
     timed, compared = "rival_median_ms" in rows[0], "metric" in rows[0]
     table = _ratios(rows) if timed else _metrics(rows) if compared else _plain(rows)
     made = dict.fromkeys(tuple(row.get(key) or "" for key in ("command", "commit", "date", "device")) for row in rows)
@@ -123,16 +128,21 @@ def section(path: Path) -> str:
     plot = RESULTS / "plots" / f"{name}.svg"
     picture = f"<details>\n<summary>Plot</summary>\n\n![{name}](../benchmarks/results/plots/{name}.svg)\n\n</details>"
     source = f"[{path.name}](../benchmarks/results/{path.name}), {len(rows)} rows" + (", made by" if lines else ".")
-    parts = [f"## {name}", described(name), f"{source}\n\n" + "\n".join(lines), table]
+    parts = [
+        f"## {name}",
+        text if first == name else f"See [{first}](#{first}).",
+        f"{source}\n\n" + "\n".join(lines),
+        table,
+    ]
     return "\n\n".join([*parts, picture] if plot.is_file() else parts)
 
 
 def _fill(app: Sphinx, page: str, source: list[str]) -> None:
     if MARK in source[0]:
-        files = sorted(RESULTS.glob("*.csv"))
+        files, said = sorted(RESULTS.glob("*.csv")), dict[str, str]()
         for path in [ROOT / "benchmarks" / "README.md", *files]:
             app.env.note_dependency(str(path))
-        source[0] = source[0].replace(MARK, "\n\n".join(map(section, files)))
+        source[0] = source[0].replace(MARK, "\n\n".join(section(path, said) for path in files))
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
