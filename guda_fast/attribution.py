@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 import typing
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -112,10 +113,11 @@ def attribute(
         raise TypeError(f"attribute: progress must be a bool or a callback, got {describe(progress)}")
     if not (cancel is None or callable(cancel)):
         raise TypeError(f"attribute: cancel must be a callback, got {describe(cancel)}")
+    begin = time.perf_counter()
     how = Execution(batch_size, device, precision, plan, compiled, allow_lossy)
     given: Any = {"ids": ids, "conditions": conditions, "latents": latents, "on_error": on_error, "column": column}
     prepared = prepare(queries, bank, protocol, how, **given)
-    query_set = prepared.queries
+    query_set, prepared_at = prepared.queries, time.perf_counter()
     wanted = None if candidates is None else candidate_cells(candidates, query_set, bank.groups)
     every = np.ones((len(query_set.x0), len(bank)), dtype=bool)
     most, full = estimator.forwards(every if wanted is None else wanted, protocol), Full().forwards(every, protocol)
@@ -124,7 +126,9 @@ def attribute(
         result = score(prepared, query_set, estimator, counter, wanted)
         counter.finish()
     found = provenance(bank, protocol, prepared, latents)
-    return result.with_provenance(**found, forwards={"used": counter.done, "full": full})
+    seconds = {"preparing": round(prepared_at - begin, 3), "scoring": round(time.perf_counter() - prepared_at, 3)}
+    forwards = {"used": counter.done, "full": full}
+    return result.with_provenance(**found, forwards=forwards, seconds=seconds, threads=torch.get_num_threads())
 
 
 def score(

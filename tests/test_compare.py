@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 import guda_fast as gf
+from conditional import classed
 from guda_fast.baselines import pixel_similarity
 from guda_fast.comparison import baseline
 from guda_fast.datasets import open_dataset
+from guda_fast.report.records import cost_table
 from tiny import perturbed, tiny_unet
 
 GROUPS = ("a", "b", "c")
@@ -139,7 +142,36 @@ def test_every_baseline_runs(files, run, name) -> None:
     result = gf.Attribution.from_parquet(files / "out" / "methods" / name)
     assert result.scores.shape == (4, 3) and np.isfinite(result.scores).all()
     forwards = (9 + 4) * (1 if name == "unet" else 3 * 2)  # data and queries; a backward pass is two
-    assert result.provenance["cost"]["forwards"] == forwards
+    assert result.provenance["forwards"] == {"used": forwards}
+    shown = dict(cost_table(result))
+    assert shown["forwards"] == f"{forwards:,}" and float(shown["seconds: scoring"]) > 0
+
+
+def test_models_of_classes_are_compared_under_the_classes_of_the_images(files, run) -> None:
+    base = classed(channels=1)
+    DDPMPipeline(base, DDPMScheduler(num_train_timesteps=100)).save_pretrained(files / "base")
+    for seed, kind in enumerate(("unlearned", "logo-0", "logo-1")):
+        for number, group in enumerate(GROUPS):
+            perturbed(base, 0.01, 10 * seed + number + 1).save_pretrained(files / kind / group)
+    lines = [json.dumps({"file_name": f"{number}.png", "label": (1, 0, 2, 2)[number]}) for number in range(4)]
+    (files / "queries.jsonl").write_text("\n".join(lines))
+    few = ["trak,timesteps=2,name=trak", "unet", "query-unlearning,stride=50,name=queries"]
+    given = [word for method in few for word in ("--method", method)]
+    given += ["--models", files / "unlearned", "--conditions", files / "queries.jsonl"]
+    told = words(files, *given)
+    told[told.index("--data") + 1] += ",conditions=labels,null=yes"
+    code, printed = run(*told)
+    assert code == 0, printed
+    found = {name: gf.Attribution.from_parquet(files / "out" / "methods" / name) for name in ("unlearned", "queries")}
+    expected = gf.attribute(files / "queries", bank_of(files, "unlearned"), protocol_of(files), conditions=[1, 0, 2, 2])
+    np.testing.assert_allclose(found["unlearned"].scores, expected.scores, rtol=1e-4, atol=1e-5)
+    assert found["unlearned"].query_ids == expected.query_ids == found["queries"].query_ids
+
+    code, printed = run(*[word for word in told if word not in ("--conditions", str(files / "queries.jsonl"))])
+    assert code == 1 and "--conditions: must be given where the images of --data have some" in printed
+    told[told.index("--data") + 1] = told[told.index("--data") + 1].removesuffix(",null=yes")
+    code, printed = run(*told, "--out", files / "other")
+    assert code == 1 and "data must have an empty condition, as of null=yes" in printed
 
 
 def test_a_baseline_is_read_from_its_text() -> None:

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from conditional import MODELS, conditions_of
 from guda_fast.baselines import embed, transformers_encoder, unet_features
 from guda_fast.diffusion import query_id
 from guda_fast.reference.add_noise import add_noise
@@ -54,6 +55,19 @@ def test_unet_features_are_those_of_the_mid_block() -> None:
     again = embed(images()[[3, 0]], unet_features(model, SCHEDULER, timestep=30, seed=3), batch_size=1)
     torch.testing.assert_close(again, found[[3, 0]], rtol=1e-4, atol=1e-5)
     assert not model.mid_block._forward_hooks
+
+
+def test_unet_features_of_a_conditional_model_are_under_one_condition() -> None:
+    model, given = MODELS["prompts"](), conditions_of("prompts", [1])
+    condition = given.take(given.row)
+    found = embed(images(3, 4), unet_features(model, SCHEDULER, condition=condition), batch_size=2)
+    alone = torch.cat(
+        [embed(image[None], unet_features(model, SCHEDULER, condition=condition)) for image in images(3, 4)]
+    )
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+    other = conditions_of("prompts", [0])
+    changed = embed(images(3, 4), unet_features(model, SCHEDULER, condition=other.take(other.row)))
+    assert not torch.allclose(changed, found, rtol=1e-3)
 
 
 def test_what_has_no_middle_block_or_timestep_is_refused() -> None:

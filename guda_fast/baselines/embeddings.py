@@ -16,6 +16,7 @@ from guda_fast._json import read_object
 from guda_fast._validate import check_int, check_tensor, describe
 from guda_fast.baselines.gradients.noised import Draws
 from guda_fast.diffusion import FlowSchedule, Schedule
+from guda_fast.diffusion.conditions import map_tensors
 from guda_fast.diffusion.flow import read_schedule
 
 Embedder = Callable[[Tensor], Tensor]
@@ -51,13 +52,22 @@ def embed(images: Tensor, embedder: Embedder, *, batch_size: int = 64) -> Tensor
     return torch.cat(parts)
 
 
-def unet_features(model: nn.Module, scheduler: Any, *, timestep: int | None = None, seed: int = 0) -> Embedder:
+def unet_features(
+    model: nn.Module,
+    scheduler: Any,
+    *,
+    condition: Mapping[str, Any] | None = None,
+    timestep: int | None = None,
+    seed: int = 0,
+) -> Embedder:
     """The middle block of the diffusion UNet itself, averaged over positions.
 
     The image is noised with the contract's noise of its content, so that its features depend on nothing else.
 
-    model: has a ``mid_block``, and takes no conditions, as diffusers' UNet2DModel. scheduler: its schedule; see
-    ``Protocol.from_scheduler``. timestep: of the noise [a tenth of the schedule]. seed: of the noise.
+    model: has a ``mid_block``, as diffusers' UNets. scheduler: its schedule; see ``Protocol.from_scheduler``.
+    condition: of a conditional model, the same for all images, so that features are of images alone: what its
+        ``forward`` takes by name, as `Conditions.take` gives it [(1, ...) each; none].
+    timestep: of the noise [a tenth of the schedule]. seed: of the noise.
 
     Raises ValueError for a model without a ``mid_block``, or a timestep outside of the schedule.
     """
@@ -70,13 +80,15 @@ def unet_features(model: nn.Module, scheduler: Any, *, timestep: int | None = No
     step = check_int(where, "timestep", length // 10 if timestep is None else timestep, 0, length - 1)
     like = next(model.parameters())
     draws = Draws(schedule, [step], seed, device=like.device, dtype=torch.float32)
+    shared = condition or {}
 
     def features(images: Tensor) -> Tensor:
         x_t, _ = draws.noised(images)
         seen: list[Tensor] = []
         handle = block.register_forward_hook(lambda *given: seen.append(given[2]))
         try:
-            model(x_t[:, 0].to(like.dtype), draws.time.expand(len(images)), return_dict=False)
+            given = map_tensors(lambda tensor: tensor.expand(len(images), *tensor.shape[1:]), shared)
+            model(x_t[:, 0].to(like.dtype), draws.time.expand(len(images)), **given, return_dict=False)
         finally:
             handle.remove()
         return seen[0].flatten(2).mean(dim=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,14 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guda_fast import ops
-from guda_fast._validate import check_int, check_real, check_tensor
+from guda_fast._validate import check_int, check_real
 from guda_fast.attribution import attribute
+from guda_fast.baselines.asked import check_asked
 from guda_fast.counterfactuals.selection import selected
 from guda_fast.datasets.grouped import GroupedImages
 from guda_fast.deltas import DeltaBank
 from guda_fast.diffusion import Protocol
+from guda_fast.diffusion.conditions import Conditions, map_tensors
 
 _WHERE = "query_unlearning"
 _BLOCK = 16  # queries whose models are in memory together
@@ -33,6 +35,7 @@ def query_unlearning(
     queries: Tensor,
     ids: Sequence[int],
     *,
+    conditions: Conditions | None = None,
     rise: float = 0.5,
     damping: float = 0.1,
     images_per_group: int | None = None,
@@ -51,9 +54,10 @@ def query_unlearning(
     paper tunes a constant instead, whose best value depends on the network. Losses are compared with the same noise,
     by the engine that scores counterfactuals: here the training images are the queries, and the queries the groups.
 
-    bank: gives the base; its groups are not used. Unconditional models only.
+    bank: gives the base; its groups are not used.
     protocol: the draws of all losses; weighting "simple" is the paper's.
     data: the training images and their groups. queries: x0 [(N, C, H, W), float32]. ids: of them [N, 0..2^64-1]
+    conditions: of the queries, for a conditional model; those of the training images are ``data.conditions``.
     rise: see above [> 0]. damping: of F [>= 0]. images_per_group: random images that stand for a group [all].
     trained: the parameters that change, "all", "cross-attention", "cross-attention-kv" (the paper's), or name patterns.
     batch_size: rows a forward [the engine's choice]. seed: of the random images. advance: called with rows done.
@@ -62,33 +66,35 @@ def query_unlearning(
     Raises TypeError or ValueError naming the argument.
     Source: Wang et al., Data Attribution for Text-to-Image Models by Unlearning Synthesized Images (2024).
     """
-    shape = (None, *data.images.shape[1:])
-    check_tensor(_WHERE, "queries", queries, shape=shape, dtypes=(torch.float32,))
+    check_asked(_WHERE, data, queries, conditions)
     check_real(_WHERE, "rise", rise, np.nextafter(0, 1))
     check_real(_WHERE, "damping", damping, 0.0)
     if len(ids) != len(queries):
         raise ValueError(f"{_WHERE}: ids must be those of {len(queries)} queries, got {len(ids)}")
-    if data.conditions is not None:
-        raise ValueError(f"{_WHERE}: data must be of an unconditional model, got images with conditions")
     told = advance or (lambda rows: None)
     members = _sampled(data, images_per_group, seed)
     rows = torch.cat(members).unique()
     images, of_group = data.take(rows), [torch.searchsorted(rows, index).numpy() for index in members]
+    known = None if data.conditions is None else data.conditions[rows]
     losses = _Losses(bank.model, protocol, trained, told)
-    fisher = losses.fisher(images)
+    fisher = losses.fisher(images, losses.placed(known, len(images)))
+    asked = losses.placed(conditions, len(queries))
     floor = damping * _mean(fisher)
     preconditioner = {name: 1 / (value + floor) for name, value in fisher.items()}
     found = np.empty((len(queries), len(members)))
     for begin in range(0, len(queries), _BLOCK):
         block = range(begin, min(begin + _BLOCK, len(queries)))
         models = {
-            str(query): losses.unlearned(queries[query : query + 1], int(ids[query]), preconditioner, rise)
+            str(query): losses.unlearned(
+                queries[query : query + 1], int(ids[query]), asked[query : query + 1], preconditioner, rise
+            )
             for query in block
         }
         changes = attribute(
             images,
             DeltaBank.load(losses.model, models, scheduler=bank.scheduler),
             protocol,
+            conditions=known,
             batch_size=batch_size,
             device=losses.device,
         )
@@ -117,6 +123,7 @@ class _Losses:
         self.model, self.protocol, self._advance = model, protocol, advance
         parameters = dict(model.named_parameters())
         self.device = next(iter(parameters.values())).device
+        self._dtype = next(iter(parameters.values())).dtype
         self._changing = {name: parameters[name].detach() for name in selected(model, trained)}
         self._draws = torch.arange(protocol.draws)
 
@@ -133,30 +140,45 @@ class _Losses:
         time, weight = torch.from_numpy(table.model_timestep)[draw], torch.from_numpy(table.weight).to(x0.dtype)[draw]
         return tuple(part.to(self.device) for part in (x_t, target, time, weight))
 
-    def _loss(self, weights: Weights, x_t: Tensor, target: Tensor, time: Tensor, weight: Tensor) -> Tensor:
-        """The weighted error, summed over rows [()]."""
-        prediction = functional_call(self.model, weights, (x_t, time), {"return_dict": False})[0][:, : x_t.shape[1]]
+    def placed(self, conditions: Conditions | None, count: int) -> Conditions:
+        """Where the model is, as the forward takes them."""
+        return (Conditions.none(count) if conditions is None else conditions).to(self.device, self._dtype)
+
+    def _loss(
+        self, weights: Weights, given: Mapping[str, Any], x_t: Tensor, target: Tensor, time: Tensor, weight: Tensor
+    ) -> Tensor:
+        """The weighted error, summed over rows [()]. given: the conditions of the rows."""
+        arguments = {**given, "return_dict": False}
+        prediction = functional_call(self.model, weights, (x_t, time), arguments)[0][:, : x_t.shape[1]]
         loss: Tensor = (weight * (prediction - target).square().flatten(1).sum(1)).sum()
         return loss
 
-    def fisher(self, images: Tensor) -> Weights:
+    def fisher(self, images: Tensor, conditions: Conditions) -> Weights:
         """The mean squared gradient of one draw of each image, whose draws take turns; by parameter."""
         sums = {name: torch.zeros_like(value) for name, value in self._changing.items()}
-        one = vmap(grad(lambda weights, *row: self._loss(weights, *(part[None] for part in row))), (None, 0, 0, 0, 0))
+
+        def loss(weights: Weights, given: dict[str, Any], *row: Tensor) -> Tensor:
+            one = map_tensors(lambda tensor: tensor[None], given)
+            return self._loss(weights, one, *(part[None] for part in row))
+
+        each = vmap(grad(loss), (None, *(0,) * 5))
         for some in torch.arange(len(images)).split(_PER_SAMPLE):
             rows = self._rows(images, range(len(images)), some, some % self.protocol.draws)
+            given = conditions.take(conditions.row[some].to(self.device))
             with sdpa_kernel(SDPBackend.MATH):  # the others have no rule for vmap
-                gradients = one(self._changing, *rows)
+                gradients = each(self._changing, given, *rows)
             for name, gradient in gradients.items():
                 sums[name] += gradient.square().sum(0) * self.protocol.draws**2
             self._advance(len(some))
         return {name: value / len(images) for name, value in sums.items()}
 
-    def unlearned(self, x0: Tensor, number: int, preconditioner: Weights, rise: float) -> Weights:
-        """All weights after the step that makes the query less likely."""
+    def unlearned(
+        self, x0: Tensor, number: int, condition: Conditions, preconditioner: Weights, rise: float
+    ) -> Weights:
+        """All weights after the step that makes the query [(1, C, H, W)] of this id less likely."""
         rows = self._rows(x0, [number], torch.zeros(self.protocol.draws, dtype=torch.int64), self._draws)
         changing = {name: value.clone().requires_grad_() for name, value in self._changing.items()}
-        loss = self._loss(changing, *rows)
+        loss = self._loss(changing, condition.take(condition.row.expand(len(self._draws)).to(self.device)), *rows)
         gradients = dict(zip(changing, torch.autograd.grad(loss, list(changing.values())), strict=True))
         step = {name: preconditioner[name] * gradient for name, gradient in gradients.items()}
         slope = sum(float((gradient.double() * step[name].double()).sum()) for name, gradient in gradients.items())

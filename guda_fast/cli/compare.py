@@ -35,6 +35,9 @@ def compare(
             "which name= is that of its row; once a method."
         ),
     ] = None,
+    conditions: Annotated[
+        str | None, typer.Option(help="What the images are conditioned on, as score takes it: a file, prompt or label.")
+    ] = None,
     start: Annotated[int, typer.Option(help="Of the protocol of models: first timestep.", min=0)] = 1,
     stride: Annotated[int, typer.Option(help="Of the protocol of models: between timesteps.", min=1)] = 10,
     seed: Annotated[int, typer.Option(help="Of the noise.", min=0)] = 42,
@@ -59,7 +62,7 @@ def compare(
     if len(set(oracle)) < len(oracle):
         raise ValueError("--oracle: folders must differ, got one twice")
     place = checked_devices([device] if device else None)[0]
-    setting = _setting(queries, base, data, oracle[0], (start, stride, seed), place)
+    setting = _setting(queries, conditions, base, data, oracle[0], (start, stride, seed), place)
     every: dict[str, Method] = {name: _counterfactuals(path, setting, "--oracle") for name, path in oracles.items()}
     every |= {
         name: _counterfactuals(found, setting, "--models") if isinstance(found, Path) else found
@@ -119,23 +122,37 @@ def _slug(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
 
 
-def _setting(queries: Path, base: Path, data: str, models: Path, draws: tuple[int, int, int], device: str) -> Setting:
+def _setting(
+    queries: Path,
+    conditions: str | None,
+    base: Path,
+    data: str,
+    models: Path,
+    draws: tuple[int, int, int],
+    device: str,
+) -> Setting:
     """What is compared on. models: any, for a bank has some."""
     from guda_fast import DeltaBank, Protocol
+    from guda_fast.cli.conditioned import conditioned
     from guda_fast.comparison import Setting
     from guda_fast.datasets import open_dataset
     from guda_fast.datasets.queries import load_queries
 
     grouped = open_dataset(data)
-    if grouped.conditions is not None:
-        raise ValueError(f"--data: must be of an unconditional model, got {data!r}, whose images have conditions")
+    if (grouped.conditions is None) != (conditions is None):
+        found = "images without conditions" if grouped.conditions is None else "images with conditions"
+        raise ValueError(f"--conditions: must be given where the images of --data have some, got {found} in {data!r}")
+    given = conditioned(queries, conditions, base, device)
+    if "latents" in given:
+        raise ValueError(f"--base: must be a model of pixels, as the training images are, got one with a vae in {base}")
     bank = DeltaBank.load(base, sources_in(models, {}, "--oracle", "--oracle"))
     if bank.scheduler is None:
         raise ValueError(f"--base: must have a scheduler_config.json in or beside it, found none in {base}")
     _, channels, height, width = grouped.images.shape
     start, stride, seed = draws
     protocol = Protocol.from_scheduler(bank.scheduler, start=start, stride=stride, seed=seed)
-    images = load_queries(queries, channels=channels, size=(height, width))
+    images = load_queries(queries, channels=channels, size=(height, width), **given)
+    bank.to(device)
     return Setting(base, bank, protocol, grouped, images, device)
 
 

@@ -32,6 +32,7 @@ from guda_fast.datasets.queries import QuerySet
 from guda_fast.deltas import DeltaBank
 from guda_fast.deltas.sources import Source
 from guda_fast.diffusion import Protocol
+from guda_fast.diffusion.conditions import Conditions
 from guda_fast.results import Attribution
 
 
@@ -41,7 +42,8 @@ class Setting:
 
     base: a diffusers folder. bank: gives its model and schedule; its groups are not used.
     protocol: of scores by counterfactuals.
-    data: the training images and their groups. queries: distinct ones count once. device: of the forwards [cpu].
+    data: the training images and their groups. queries: with conditions where the images have some; distinct ones count
+        once. device: of the forwards [cpu].
     """
 
     base: Path
@@ -50,6 +52,11 @@ class Setting:
     data: GroupedImages
     queries: QuerySet
     device: str = "cpu"
+
+    @property
+    def conditions(self) -> Conditions | None:
+        """Of the distinct queries; None for an unconditional model."""
+        return None if self.data.conditions is None else self.queries.conditions
 
 
 class Found(NamedTuple):
@@ -92,7 +99,15 @@ class Counterfactuals:
     def run(self, setting: Setting) -> Found:
         models = {group: self.sources[group] for group in setting.data.groups}
         bank, queries = DeltaBank.load(setting.base, models), setting.queries
-        result = attribute(queries.x0, bank, setting.protocol, ids=queries.ids, device=setting.device, progress=True)
+        result = attribute(
+            queries.x0,
+            bank,
+            setting.protocol,
+            conditions=setting.conditions,
+            ids=queries.ids,
+            device=setting.device,
+            progress=True,
+        )
         forwards = (len(models) + 1) * len(queries.x0) * setting.protocol.draws
         return Found(result.scores, forwards, _making_seconds(self.folder, models))
 
@@ -130,7 +145,21 @@ def _pixels(setting: Setting, **choices: Any) -> Found:
 
 
 def _unet(setting: Setting, *, timestep: int | None = None, **choices: Any) -> Found:
-    return _embedded(setting, unet_features(setting.bank.model, setting.protocol.schedule, timestep=timestep), choices)
+    embedder = unet_features(
+        setting.bank.model, setting.protocol.schedule, condition=_no_condition(setting), timestep=timestep
+    )
+    return _embedded(setting, embedder, choices)
+
+
+def _no_condition(setting: Setting) -> Mapping[str, Any] | None:
+    """What a conditional model sees where nothing is said of an image."""
+    data = setting.data
+    if data.conditions is None:
+        return None
+    if data.null is None:
+        raise ValueError("--method unet: data must have an empty condition, as of null=yes, got data without one")
+    like = next(setting.bank.model.parameters())
+    return data.conditions.to(like.device, like.dtype).take(torch.tensor([data.null], device=like.device))
 
 
 def _encoder(setting: Setting, *, folder: str = "", **choices: Any) -> Found:
@@ -151,6 +180,7 @@ def _gradients(setting: Setting, method: str, **choices: Any) -> Found:
         setting.data,
         setting.queries.x0,
         method=method,
+        conditions=setting.conditions,
         advance=told.append,
         **choices,
     )
@@ -164,7 +194,14 @@ def _query_unlearning(setting: Setting, *, stride: int = 100, **choices: Any) ->
     told: list[int] = []
     queries = setting.queries
     scores = query_unlearning(
-        setting.bank, protocol, setting.data, queries.x0, queries.ids, advance=told.append, **choices
+        setting.bank,
+        protocol,
+        setting.data,
+        queries.x0,
+        queries.ids,
+        conditions=setting.conditions,
+        advance=told.append,
+        **choices,
     )
     return Found(scores, sum(told))
 

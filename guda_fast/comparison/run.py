@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from guda_fast.comparison.methods import Found, Method, Setting
 from guda_fast.datasets.manifest import manifest
 from guda_fast.results import RECORD, Attribution
 
-_COST, _ASKED = "cost", "asked"
+_ASKED = "asked"
 
 
 class Scored(NamedTuple):
@@ -37,15 +38,26 @@ def run_method(method: Method, setting: Setting, folder: Path) -> Scored:
     if (folder / RECORD).exists():
         result = Attribution.from_parquet(folder)
         if result.provenance.get(_ASKED) == asked:
-            return Scored(result, Cost(**result.provenance[_COST]), reused=True)
+            return Scored(result, _cost(result.provenance), reused=True)
     begin = time.perf_counter()
     found = method.run(setting)
     cost = Cost(time.perf_counter() - begin, found.forwards, found.making, setting.device, torch.get_num_threads())
     result = _result(found, setting).with_provenance(
-        **{_ASKED: asked, _COST: cost._asdict(), "versions": {"guda_fast": __version__, "torch": torch.__version__}}
+        **{_ASKED: asked},
+        forwards={"used": cost.forwards},
+        seconds={"making": cost.making, "scoring": cost.seconds},
+        device=cost.device,
+        threads=cost.threads,
+        versions={"guda_fast": __version__, "torch": torch.__version__},
     )
     result.to_parquet(folder)
     return Scored(result, cost, reused=False)
+
+
+def _cost(record: Mapping[str, Any]) -> Cost:
+    """What a result says that it took."""
+    seconds = record["seconds"]
+    return Cost(seconds["scoring"], record["forwards"]["used"], seconds["making"], record["device"], record["threads"])
 
 
 def _asked(method: Method, setting: Setting) -> dict[str, Any]:

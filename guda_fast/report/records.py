@@ -10,7 +10,7 @@ from guda_fast.results import Attribution
 
 Rows = list[tuple[str, str]]
 
-_COST = ("forwards", "seconds", "device", "batch_size", "plan", "choices")
+_COST = ("forwards", "seconds", "device", "threads", "batch_size", "plan", "choices")
 _LEFT_OUT = ("config", "command")  # paths of the machine that scored
 _SHOWN = 8
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from guda_fast._memory import free_bytes
-from guda_fast._validate import check_choice, check_int, check_real, check_tensor, describe
+from guda_fast._validate import check_choice, check_int, check_real, describe
+from guda_fast.baselines.asked import check_asked
 from guda_fast.baselines.gradients.features import METHODS, Features, ImageGradients, evaluating, trained
 from guda_fast.baselines.gradients.groups import AGGREGATES, group_scores
 from guda_fast.baselines.gradients.kernel import image_scores
@@ -94,7 +95,7 @@ def gradient_attribution(
     check_int(_WHERE, "top_k", top_k, 1)
     check_int(_WHERE, "seed", seed, 0, 2**64 - 1)
     damping = _DAMPING if damping is None else check_real(_WHERE, "damping", damping, 0)
-    _check_images(data, queries, conditions)
+    check_asked(_WHERE, data, queries, conditions)
     parameters = list(trained(model).values())
     if not parameters:
         raise ValueError(f"{_WHERE}: model must have parameters that require a gradient, got none")
@@ -112,20 +113,6 @@ def gradient_attribution(
         asked, _ = features(lambda index: queries[index], len(queries), conditions, "query")
     parts = image_scores(method, asked, known, error, damping)
     return torch.cat([group_scores(part, data.members, aggregate, top_k=top_k) for part in parts]).numpy()
-
-
-def _check_images(data: GroupedImages, queries: Tensor, conditions: Conditions | None) -> None:
-    if not data.members:
-        raise ValueError(f"{_WHERE}: data must have at least one group, got none")
-    shape = (None, *data.images.shape[1:])
-    check_tensor(_WHERE, "queries", queries, shape=shape, dtypes=(torch.float32, torch.float64))
-    if not bool(torch.isfinite(queries).all()):
-        raise ValueError(f"{_WHERE}: queries must be finite, got NaN or infinity")
-    if (conditions is None) != (data.conditions is None):
-        given = "the data" if conditions is None else "the queries"
-        raise ValueError(f"{_WHERE}: conditions must be given of both queries and data, got those of {given} alone")
-    if conditions is not None and len(conditions) != len(queries):
-        raise ValueError(f"{_WHERE}: conditions must be those of {len(queries)} queries, got {len(conditions)}")
 
 
 def _timesteps(schedule: Schedule | FlowSchedule, timesteps: int | Sequence[int]) -> list[int]:
