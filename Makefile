@@ -1,6 +1,7 @@
 # make demo      the whole job on real data, in a few minutes
 # make test      quick tests, slow tests, doctests
 # make lint      ruff, mypy, clang-format
+# make docs      the documentation as a site in build/docs, links checked, warnings are errors
 # make sanitize  the extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 # make bench     measure everything that this machine can, against its rivals
 # make soak      long runs: a result store of a hundred million cells
@@ -17,7 +18,7 @@ CPP_SOURCES = $(shell find csrc kernels tests -name '*.h' -o -name '*.cpp' -o -n
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format sanitize bench soak clean
+.PHONY: demo test lint docs format sanitize bench soak clean
 
 demo: $(INSTALLED)
 	$(BIN)/guda-fast demo
@@ -41,6 +42,11 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+# From scratch: what is left of an earlier build would give its warnings once only.
+docs: $(INSTALLED)
+	rm -rf build/docs
+	$(BIN)/sphinx-build -q -W --keep-going -d build/doctrees -E docs build/docs
 
 sanitize: $(INSTALLED)
 	.ci/sanitize
