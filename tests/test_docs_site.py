@@ -1,4 +1,4 @@
-"""The site of docs/: what it must have, how docstrings become pages, and that it builds without a warning or a network."""
+"""The site of docs/: what it must have, how docstrings become pages, and a build without a warning or a network."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_the_site_builds_without_a_warning_and_without_a_network(extension: Modu
         tmp_path / "site",
     ]
     without = {name: value for name, value in os.environ.items() if not name.lower().endswith("proxy")}
-    offline = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "all_proxy")}
+    offline = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
     built = subprocess.run(command, capture_output=True, text=True, check=False, env={**without, **offline})
     assert built.returncode == 0, built.stderr
 

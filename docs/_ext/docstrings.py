@@ -31,7 +31,7 @@ _NAME = re.compile(r"(?:gf\.)?([A-Za-z]\w*)(?:\(.*\))?$")
 
 
 def public() -> dict[str, str]:
-    """Where each exported name is documented. What is said of a name that two packages give to two things is unclear."""
+    """Where each exported name is documented; without names that two packages give to two things."""
     where: dict[str, str] = {}
     things: dict[str, object] = {}
     unclear = set()

@@ -6,7 +6,6 @@ On a code host the same links lead to the files themselves.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from sphinx.application import Sphinx
 
