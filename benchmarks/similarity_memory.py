@@ -4,11 +4,11 @@
 
 Random features of 768 dimensions: 10,000 queries and 50,000 images in 10 and in 1,000 groups, each reduction of
 `guda_fast.baselines.similarity`, one thread. The rival has all cosines in one float64 matrix of numpy, 4 GB, and
-reduces it; its groups lie side by side, so that it need not gather columns. `centroid` needs no cosines, and has no rival. Each
-row of ours is a process of its own; the rival makes its matrix once, and that time is in all of its rows. `cpu_s` are
-seconds of the processor, of which `ratio` is the rival's by ours: seconds by the clock are those of a machine that had
-other work. `megabytes` are the peak of resident memory above what the process held with its inputs. Scores of both are
-compared.
+reduces it; its groups lie side by side, so that it need not gather columns. `centroid` needs no cosines, and has no
+rival. Each row of ours is a process of its own; the rival makes its matrix once, and that time is in all of its rows.
+`cpu_s` are seconds of the processor, of which `ratio` is the rival's by ours: seconds by the clock are those of a
+machine that had other work. `megabytes` are the peak of resident memory above what the process held with its inputs.
+Scores of both are compared.
 """
 
 from __future__ import annotations
