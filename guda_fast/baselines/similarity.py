@@ -126,7 +126,7 @@ class _Part(NamedTuple):
     """Some examples of a group, and whether they are its last."""
 
     column: int
-    index: Tensor
+    members: Tensor
     last: bool
 
 
@@ -136,7 +136,7 @@ def _packs(groups: Sequence[Tensor]) -> Iterator[list[_Part]]:
     for column, index in enumerate(groups):
         split = index.split(_EXAMPLES_AT_ONCE)
         for number, part in enumerate(split, start=1):
-            if pack and sum(len(other.index) for other in pack) + len(part) > _EXAMPLES_AT_ONCE:
+            if pack and sum(len(other.members) for other in pack) + len(part) > _EXAMPLES_AT_ONCE:
                 yield pack
                 pack = []
             pack.append(_Part(column, part, number == len(split)))
@@ -148,11 +148,11 @@ def _highest(directions: Tensor, groups: Sequence[Tensor], take: _Take, count: i
     scores = directions.new_empty((len(directions), len(groups)))
     kept = directions.new_empty((len(directions), 0))  # of a group whose examples are not yet all seen
     for pack in _packs(groups):
-        block = _directions(take(torch.cat([part.index for part in pack])), directions.device)
+        block = _directions(take(torch.cat([part.members for part in pack])), directions.device)
         unfinished = []
         chunks = (value.split(_QUERIES_AT_ONCE) for value in (directions, kept, scores))
         for some, known, out in zip(*chunks, strict=True):
-            cosines = (some @ block.T).split([len(part.index) for part in pack], dim=1)
+            cosines = (some @ block.T).split([len(part.members) for part in pack], dim=1)
             # Only a pack's first part can go on with a group of the pack before.
             for part, own in zip(pack, (torch.cat([known, cosines[0]], dim=1), *cosines[1:]), strict=True):
                 best = _best(own, count)
