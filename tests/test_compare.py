@@ -85,7 +85,7 @@ def bank_of(files: Path, kind: str) -> gf.DeltaBank:
 
 
 def protocol_of(files: Path) -> gf.Protocol:
-    return gf.Protocol.from_scheduler(files / "base" / "scheduler", start=1, stride=25)
+    return gf.Protocol.from_scheduler(files / "base" / "scheduler", start=10, stride=25)
 
 
 def test_answers_are_used_again_until_what_they_depend_on_changes(files, run) -> None:

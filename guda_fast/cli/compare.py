@@ -38,7 +38,7 @@ def compare(
     conditions: Annotated[
         str | None, typer.Option(help="What the images are conditioned on, as score takes it: a file, prompt or label.")
     ] = None,
-    start: Annotated[int, typer.Option(help="Of the protocol of models: first timestep.", min=0)] = 1,
+    start: Annotated[int, typer.Option(help="Of the protocol of models: first timestep.", min=0)] = 10,
     stride: Annotated[int, typer.Option(help="Of the protocol of models: between timesteps.", min=1)] = 10,
     seed: Annotated[int, typer.Option(help="Of the noise.", min=0)] = 42,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ... [cuda where there is one]")] = None,
