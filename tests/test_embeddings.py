@@ -115,6 +115,13 @@ def test_folders_that_are_no_encoders_are_named(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="missing: must be a transformers folder with config.json"):
         transformers_encoder(tmp_path / "missing")
     save_encoder(tmp_path / "encoder", "vit")
+    for name in ("model.safetensors", "config.json"):
+        file = tmp_path / "encoder" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match="encoder: must hold a model that transformers loads, found none"):
+            transformers_encoder(tmp_path / "encoder")
+        file.write_bytes(whole)
     file = tmp_path / "encoder" / "preprocessor_config.json"
     file.write_text('{"image_mean": [0.5], "image_std": [0.5, 0.5, 0.5]}')
     with pytest.raises(

@@ -116,7 +116,11 @@ def transformers_encoder(folder: str | os.PathLike[str], *, device: torch.device
         if not (place / name).is_file():
             raise FileNotFoundError(f"{place}: must be a transformers folder with {name}, found none")
     mean, std = _normalisation(place / _PREPROCESSOR)
-    model = AutoModel.from_pretrained(place, local_files_only=True).to(device).eval()
+    try:
+        model = AutoModel.from_pretrained(place, local_files_only=True).to(device).eval()
+    except Exception as error:  # each kind of file has its own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{place}: must hold a model that transformers loads, found none ({reason})") from error
     size = getattr(getattr(model.config, "vision_config", model.config), "image_size", None)
     if not isinstance(size, int):
         raise ValueError(f"{place / 'config.json'}: must have an image_size, found {json.dumps(size)}")

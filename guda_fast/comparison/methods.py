@@ -26,6 +26,8 @@ from guda_fast.baselines import (
     unet_features,
 )
 from guda_fast.baselines.gradients import METHODS
+from guda_fast.baselines.gradients.groups import AGGREGATES
+from guda_fast.baselines.similarity import REDUCTIONS
 from guda_fast.counterfactuals.runs import RECORD
 from guda_fast.datasets.grouped import GroupedImages
 from guda_fast.datasets.queries import QuerySet
@@ -162,7 +164,7 @@ def _no_condition(setting: Setting) -> Mapping[str, Any] | None:
     return data.conditions.to(like.device, like.dtype).take(torch.tensor([data.null], device=like.device))
 
 
-def _encoder(setting: Setting, *, folder: str = "", **choices: Any) -> Found:
+def _encoder(setting: Setting, *, folder: str, **choices: Any) -> Found:
     return _embedded(setting, transformers_encoder(folder, device=setting.device), choices)
 
 
@@ -208,28 +210,37 @@ def _query_unlearning(setting: Setting, *, stride: int = 100, **choices: Any) ->
 
 
 class _Spec(NamedTuple):
-    """answer: what runs. fixed: choices that the name makes. kinds: of the choices that a user may make."""
+    """answer: what runs. fixed: choices that the name makes. kinds: of the choices that a user may make, or the texts
+    that there are. opens: a choice that must be made, for it names a folder, and what reads that."""
 
     answer: Callable[..., Found]
     fixed: Mapping[str, Any]
-    kinds: Mapping[str, type]
+    kinds: Mapping[str, type | tuple[str, ...]]
+    opens: tuple[str, Callable[[str], object]] | None = None
 
 
-_REDUCE = {"reduce": str, "k": int}
-_GRADIENTS = {
+_REDUCE: Mapping[str, type | tuple[str, ...]] = {"reduce": REDUCTIONS, "k": int}
+_GRADIENTS: Mapping[str, type | tuple[str, ...]] = {
     "timesteps": int,
     "dimensions": int,
     "damping": float,
-    "aggregate": str,
+    "aggregate": AGGREGATES,
     "top_k": int,
     "batch_size": int,
     "seed": int,
 }
-_UNLEARNING = {"stride": int, "rise": float, "damping": float, "images_per_group": int, "trained": str, "seed": int}
+_UNLEARNING: Mapping[str, type | tuple[str, ...]] = {
+    "stride": int,
+    "rise": float,
+    "damping": float,
+    "images_per_group": int,
+    "trained": str,
+    "seed": int,
+}
 BASELINES: Mapping[str, _Spec] = {
     "pixels": _Spec(_pixels, {}, _REDUCE),
     "unet": _Spec(_unet, {}, {**_REDUCE, "timestep": int}),
-    "encoder": _Spec(_encoder, {}, {**_REDUCE, "folder": str}),
+    "encoder": _Spec(_encoder, {}, {**_REDUCE, "folder": str}, ("folder", transformers_encoder)),
     **{name: _Spec(_gradients, {"method": name}, _GRADIENTS) for name in METHODS},
     "query-unlearning": _Spec(_query_unlearning, {}, _UNLEARNING),
 }
@@ -239,20 +250,34 @@ BASELINES: Mapping[str, _Spec] = {
 def baseline(spec: str) -> Baseline:
     """A method by a line of text: its name, then ``,key=value`` for each choice.
 
-    Raises ValueError naming what is not known, with what there is.
+    Raises ValueError naming what is not known, with what there is; for a folder that it needs, what opening it raises:
+    a comparison should not end on that after its models were scored.
     """
     name, *given = spec.split(",")
     if name not in BASELINES:
         raise ValueError(f"--method: must be one of {', '.join(BASELINES)}, got {name!r}")
-    answer, fixed, kinds = BASELINES[name]
+    answer, fixed, kinds, opens = BASELINES[name]
     choices = dict(fixed)
     for entry in given:
         key, separator, value = entry.partition("=")
         if not separator or key not in kinds:
             known = ", ".join(kinds)
             raise ValueError(f"--method {name}: choices must be KEY=VALUE with a key of {known}, got {entry!r}")
-        try:
-            choices[key] = kinds[key](value)
-        except ValueError as error:
-            raise ValueError(f"--method {name}: {key} must be of type {kinds[key].__name__}, got {value!r}") from error
+        choices[key] = _choice(f"--method {name}: {key}", kinds[key], value)
+    if opens is not None:
+        needed, read = opens
+        if needed not in choices:
+            raise ValueError(f"--method {name}: must have {needed}=, got none")
+        read(choices[needed])
     return Baseline(name, answer, choices)
+
+
+def _choice(where: str, kind: type | tuple[str, ...], value: str) -> Any:
+    if isinstance(kind, tuple):
+        if value not in kind:
+            raise ValueError(f"{where} must be one of {', '.join(kind)}, got {value!r}")
+        return value
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise ValueError(f"{where} must be of type {kind.__name__}, got {value!r}") from error
