@@ -136,7 +136,8 @@ def test_a_delta_in_any_single_parameter_counts(base, x0, plan: str) -> None:
         )
         found = engine.differences(engine.queries(x0[:1], IDS[:1]), rows)
         expected = loop([nn.Identity(), separate(base, delta)], x0, rows) - separate_base
-        assert (expected != 0).all(), name
+        # A bias of keys adds the same to all scores of a query, which softmax does not see.
+        assert name.endswith("to_k.bias") or (expected != 0).all(), name
         # The delta is added in float32, 6e-8 of the weight where it is a tenth of it.
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-10 * separate_base.max(), err_msg=name)
 
