@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from guda_fast.cli.draws import SEED, START, STRIDE
 from guda_fast.cli.named import sources_in
 from guda_fast.cli.runs import Data, checked_devices
 
@@ -38,9 +39,9 @@ def compare(
     conditions: Annotated[
         str | None, typer.Option(help="What the images are conditioned on, as score takes it: a file, prompt or label.")
     ] = None,
-    start: Annotated[int, typer.Option(help="Of the protocol of models: first timestep.", min=0)] = 10,
-    stride: Annotated[int, typer.Option(help="Of the protocol of models: between timesteps.", min=1)] = 10,
-    seed: Annotated[int, typer.Option(help="Of the noise.", min=0)] = 42,
+    start: Annotated[int, typer.Option(help="Of the protocol of models: first timestep.", min=0)] = START,
+    stride: Annotated[int, typer.Option(help="Of the protocol of models: between timesteps.", min=1)] = STRIDE,
+    seed: Annotated[int, typer.Option(help="Of the noise.", min=0)] = SEED,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ... [cuda where there is one]")] = None,
     gain: Annotated[str, typer.Option(help="Of NDCG: exponential or linear.")] = "exponential",
     reference: Annotated[str, typer.Option(help="As of evaluate: leave-one-out or mean.")] = "leave-one-out",

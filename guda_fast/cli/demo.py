@@ -14,6 +14,7 @@ import torch
 import typer
 
 from guda_fast._files import atomic_write
+from guda_fast.cli.draws import START, STRIDE
 
 if TYPE_CHECKING:
     from guda_fast.cli.demo_models import ModelStages
@@ -159,7 +160,7 @@ class _Demo:
         from guda_fast.results import RECORD
 
         bank = DeltaBank.load(self.out / "models" / "base", counterfactuals)
-        protocol = Protocol.from_scheduler(bank.scheduler or {}, start=10, stride=10)
+        protocol = Protocol.from_scheduler(bank.scheduler or {}, start=START, stride=STRIDE)
         folder = self.out / name
         queries = self.out / "queries"
         if (folder / RECORD).exists():

@@ -15,6 +15,7 @@ import typer
 
 from guda_fast._validate import check_choice
 from guda_fast.cli.controls import CONTROL_NAMES, control_names
+from guda_fast.cli.draws import SEED, START, STRIDE
 from guda_fast.cli.estimating import (
     CandidatesOption,
     CandidatesTopOption,
@@ -113,13 +114,13 @@ def score(
     pipeline: _Pipeline = None,
     scheduler: _Scheduler = None,
     out: _Out = Path("scores"),
-    start: Annotated[int, typer.Option(help="First timestep.")] = 10,
+    start: Annotated[int, typer.Option(help="First timestep.")] = START,
     stop: Annotated[int | None, typer.Option(help="Timesteps stay below this.")] = None,
-    stride: Annotated[int, typer.Option(help="Distance between timesteps.")] = 10,
+    stride: Annotated[int, typer.Option(help="Distance between timesteps.")] = STRIDE,
     weighting: Annotated[str, typer.Option(help="elbo, elbo_fixed_large or simple.")] = "elbo",
     samples: Annotated[int, typer.Option(help="Noise samples a timestep.")] = 1,
     antithetic: Annotated[bool, typer.Option(help="Every second sample negates the one before.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 42,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = SEED,
     batch_size: Annotated[int | None, typer.Option(help="Rows a forward.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16, fp64, tf32 or fp16 (on CUDA), or auto.")] = "fp32",
