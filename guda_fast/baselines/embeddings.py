@@ -6,9 +6,11 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -117,10 +119,11 @@ def transformers_encoder(folder: str | os.PathLike[str], *, device: torch.device
             raise FileNotFoundError(f"{place}: must be a transformers folder with {name}, found none")
     mean, std = _normalisation(place / _PREPROCESSOR)
     try:
-        model = AutoModel.from_pretrained(place, local_files_only=True).to(device).eval()
-    except Exception as error:  # each kind of file has its own
+        model = AutoModel.from_pretrained(place, local_files_only=True)
+    except (SafetensorError, UnpicklingError, EOFError, OSError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{place}: must hold a model that transformers loads, found none ({reason})") from error
+    model = model.to(device).eval()
     size = getattr(getattr(model.config, "vision_config", model.config), "image_size", None)
     if not isinstance(size, int):
         raise ValueError(f"{place / 'config.json'}: must have an image_size, found {json.dumps(size)}")
