@@ -10,7 +10,6 @@ the same run. That does not see what a run costs the estimator, as by a colder c
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from unittest import mock
 import torch
 
 from benchmarks.engine_job import GROUPS, make_job
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, write_rows
 from guda_fast.datasets.queries import QuerySet
 from guda_fast.engines import Job, Log, Monitor, Place, Worker, add_queries, open_run, work
 from guda_fast.estimators import Full
@@ -132,10 +131,7 @@ def main() -> None:
             found = size | measure(worker, Path(name), part, given.passes) | {"threads": torch.get_num_threads()}
             rows.append(found | shared)
             print(found, flush=True)
-    with given.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(given.out, rows)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ and the last shard that is done, by the events of the run; and the seconds of al
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.engine_job import make_job
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, write_rows
 from guda_fast.engines import Engine, Event, Job, Local, Place, add_queries, open_run
 from guda_fast.engines.ray_data import RayData
 
@@ -85,10 +84,7 @@ def main() -> None:
             for engine in ("ray", "local")
         }
         print(f"{workers} workers: ray / local {speed['ray'] / speed['local']:.3f} in cells a second, medians")
-    with given.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(given.out, rows)
 
 
 if __name__ == "__main__":

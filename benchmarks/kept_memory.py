@@ -6,7 +6,6 @@ largest size. Each is a process of its own, for the C library does not forget a 
 
 from __future__ import annotations
 
-import csv
 import json
 import resource
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 import guda_fast as gf
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, write_rows
 from benchmarks.workloads import ARCHITECTURES
 
 PASSES = 5
@@ -62,10 +61,7 @@ def main() -> None:
                 printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 rows.append({"network": network, "memory": setting, "pass": number} | json.loads(printed) | shared)
                 print(*list(rows[-1].values())[:6], flush=True)
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(out, rows)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+
+from guda_fast._files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,6 +74,14 @@ def provenance(device: str = "cpu") -> dict[str, str]:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows that have the same columns, or leave what was there."""
+    with atomic_write(path, "w") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _version(package: str) -> str:

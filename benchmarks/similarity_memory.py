@@ -14,7 +14,6 @@ Scores of both are compared.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -30,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.memory import peak_extra_bytes
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, write_rows
 from guda_fast.baselines import similarity
 
 FEATURES, NEAREST = 768, 10
@@ -167,10 +166,7 @@ def main() -> None:
         }
         for row in found
     ]
-    with given.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(given.out, rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ cd "$(dirname "$0")/../.."
 runs=${1:-runs/agreement/digits}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ ! -f "$runs/encoder/config.json" ]; then
-  .venv/bin/python -m benchmarks.agreement.train_encoder digits "$runs/encoder"
+  .venv/bin/python -m benchmarks.agreement.train_encoder digits "$runs/encoder" \
+    --rows benchmarks/results/train_encoder.csv
 fi
 .venv/bin/guda-fast compare "$runs/queries" --base "$runs/base" --data digits --out "$runs/compared" \
   --oracle "$runs/logo-0" --oracle "$runs/logo-1" --stride 10 \

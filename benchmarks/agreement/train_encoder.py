@@ -1,6 +1,6 @@
 """A small ViT trained on a data set's images without labels, as an encoder for similarity.
 
-    python -m benchmarks.agreement.train_encoder digits runs/encoder
+    python -m benchmarks.agreement.train_encoder digits runs/encoder --rows benchmarks/results/train_encoder.csv
 
 Contrastive learning (SimCLR, Chen et al. 2020): two random views of an image, turned, scaled, shifted, in another
 contrast and with noise, should have more similar features than views of different images. OUT is then a transformers
@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
+import time
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ViTConfig, ViTModel
 
+from benchmarks.provenance import provenance, write_rows
 from guda_fast.baselines import embed, transformers_encoder
 from guda_fast.datasets import GroupedImages, open_dataset
 
@@ -123,6 +126,7 @@ def main() -> None:
     parser.add_argument("--patch", type=int, default=2, help="of the ViT; must divide the side")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=Path, help="a CSV file for what is printed in the end")
     given = parser.parse_args()
     data = open_dataset(given.data)
     images = data.take(torch.arange(len(data)))
@@ -134,18 +138,25 @@ def main() -> None:
     # Grey images are three equal channels, as transformers_encoder makes of them.
     pixels = images[known].expand(-1, 3, -1, -1)
     mean, std = (pixels / 2 + 0.5).mean(dim=(0, 2, 3)), (pixels / 2 + 0.5).std(dim=(0, 2, 3))
+    begin = time.process_time()
     model = trained(
         pixels, mean, std, **{name: getattr(given, name) for name in ("patch", "layers", "steps", "batch", "seed")}
     )
+    shared = {"data": given.data, "training_cpu_s": f"{time.process_time() - begin:.0f}", "neighbours": NEAREST}
     model.save_pretrained(given.out)
     normalisation = {"image_mean": mean.tolist(), "image_std": std.tolist()}
     (given.out / "preprocessor_config.json").write_text(json.dumps(normalisation) + "\n", encoding="utf-8")
 
     groups = groups_of(data)
     features = embed(images, transformers_encoder(given.out))
+    rows: list[dict[str, object]] = []
     for name, values in (("features", features), ("pixels", images)):
         accuracy = vote_accuracy(values[known], groups[known], values[held], groups[held])
         print(f"{NEAREST} nearest neighbours by {name}: {accuracy:.4f} of {len(held)} held-out images")
+        rows.append({"of": name, **shared, "images": len(held), "accuracy": f"{accuracy:.4f}"})
+    if given.rows is not None:
+        command = f"python -m benchmarks.agreement.train_encoder {' '.join(sys.argv[1:])}"
+        write_rows(given.rows, [{**row, **provenance(), "command": command} for row in rows])
 
 
 if __name__ == "__main__":
