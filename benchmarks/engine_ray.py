@@ -20,7 +20,7 @@ import torch
 from benchmarks.engine_job import make_job
 from benchmarks.provenance import provenance, write_rows
 from guda_fast.engines import Engine, Event, Job, Local, Place, add_queries, open_run
-from guda_fast.engines.ray_data import RayData
+from guda_fast.engines.ray_actors import RayActors
 
 
 def measure(engine: Engine, job: Job, folder: Path, shard_queries: int) -> dict[str, str]:
@@ -49,7 +49,7 @@ def one_pass(job: Job, folder: Path, workers: int, number: int, shard_queries: i
     """Both engines once, in an order that alternates."""
     torch.set_num_threads(workers)  # which the processes of the local engine share
     place = Place(lambda: False)
-    engines: list[tuple[str, Engine]] = [("local", Local(["cpu"] * workers, place)), ("ray", RayData(place, workers))]
+    engines: list[tuple[str, Engine]] = [("local", Local(["cpu"] * workers, place)), ("ray", RayActors(place, workers))]
     return [
         {"engine": name, "workers": workers, "pass": number}
         | measure(engine, job, folder / f"{name}{workers}-{number}", shard_queries)

@@ -15,7 +15,7 @@ import pytest
 
 from engine_cases import command, contents, finished, make_files, start, wait_for
 from guda_fast.cli import main
-from guda_fast.engines.ray_data import RayData, _pool
+from guda_fast.engines.ray_actors import RayActors, _pool
 from guda_fast.engines.work import Place
 from guda_fast.store import Store
 
@@ -104,6 +104,9 @@ def test_actors_that_are_killed_are_replaced(files, expected, tmp_path) -> None:
             os.kill(victims[-1], signal.SIGKILL)
     assert run.end() == 0, run.printed.read_text()
     assert len(run.new("ready")) > 2
+    died = {event["worker"]: str(event["text"]) for event in run.new("died")}
+    assert died and died.keys() <= {event["worker"] for event in run.new("ready")}
+    assert all(text.startswith("worker on cpu was lost") for text in died.values())
     check(tmp_path / "store", expected)
 
 
@@ -176,11 +179,11 @@ def test_actors_that_do_not_fit_are_refused_before_ray_waits_for_them(resources,
 def test_wrong_numbers_are_refused() -> None:
     place = Place(lambda: False)
     with pytest.raises(ValueError, match="actors must be at least 1, got 0"):
-        RayData(place, 0)
+        RayActors(place, 0)
     with pytest.raises(ValueError, match=r"gpus must be whole where it is above 1, got 1\.5"):
-        RayData(place, gpus=1.5)
+        RayActors(place, gpus=1.5)
     with pytest.raises(TypeError, match="actors must be an integer"):
-        RayData(place, 1.5)  # type: ignore[arg-type]
+        RayActors(place, 1.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("option", ["--actors=2", "--actor-gpus=0.5", "--address=auto"])
@@ -203,7 +206,7 @@ def test_an_address_where_nothing_answers_is_said_at_once(files, tmp_path, monke
 
 
 def test_without_ray_the_extra_is_named(files, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.delitem(sys.modules, "guda_fast.engines.ray_data", raising=False)
+    monkeypatch.delitem(sys.modules, "guda_fast.engines.ray_actors", raising=False)
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setattr(sys, "argv", ["guda-fast", *command(files, tmp_path / "store", "--engine", "ray")])
     with pytest.raises(SystemExit):

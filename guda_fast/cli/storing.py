@@ -19,7 +19,7 @@ from guda_fast.errors import CancelledError
 if TYPE_CHECKING:
     from guda_fast.deltas.sources import Source
     from guda_fast.engines import Engine, Job, Place, Rank, Worker
-    from guda_fast.engines.ray_data import RayData
+    from guda_fast.engines.ray_actors import RayActors
     from guda_fast.store import Store
 
 ENGINES = ("local", "torchrun", "slurm", "ray")
@@ -118,7 +118,7 @@ class _Run:
     devices: list[str]
     place: Place
     config: Mapping[str, Any]
-    ray: RayData | None
+    ray: RayActors | None
 
     def go(self, top: int) -> None:
         from guda_fast.engines import Log, Monitor, add_queries, open_run
@@ -204,12 +204,12 @@ def _placed(options: Mapping[str, Any]) -> tuple[Rank | None, list[str]]:
     return None, checked_devices(given.split(",") if given else [device] if device else None)
 
 
-def _ray(options: Mapping[str, Any], place: Place) -> RayData | None:
+def _ray(options: Mapping[str, Any], place: Place) -> RayActors | None:
     if options["engine"] != "ray":
         return None
-    from guda_fast.engines.ray_data import RayData
+    from guda_fast.engines.ray_actors import RayActors
 
-    return RayData(place, *(options[name] for name in _OF_RAY))
+    return RayActors(place, *(options[name] for name in _OF_RAY))
 
 
 def _job(options: Mapping[str, Any], counterfactuals: Mapping[str, Source] | Path, how: Estimating) -> Job:

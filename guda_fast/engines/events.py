@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Self
 class Event(NamedTuple):
     """Something that a worker tells.
 
-    kind: "loading" (it begins to load its models), "ready" (it has them), "begun", "step" (cells: of the shard so far,
-        which may be a fraction), "done", "dropped" (another process was first), "waiting" (for shards that others
-        have; cells: of those), "died" or "failed" (text: why). worker: the process. shard: its name.
+    kind: "ready" (it has its models), "begun", "step" (cells: of the shard so far, which may be a fraction), "done",
+        "dropped" (another process was first), "waiting" (for shards that others have; cells: of those), "died" or
+        "failed" (text: why). worker: the process. shard: its name.
     seconds: that the shard took.
     """
 
