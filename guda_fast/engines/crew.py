@@ -68,8 +68,8 @@ M = TypeVar("M", bound=Member)
 class Crew(Generic[M]):
     """Workers that share the shards of a run by leases.
 
-    store, shards: what is to be finished. start: a worker of a task. wait: returns those of some workers that have
-    something to tell, after so many seconds at most. report: called with what they tell. place: when to stop.
+    store: where the leases are. start: a worker of a task. wait: returns those of some workers that have something to
+    tell, after so many seconds at most. report: called with what they tell. place: when to stop.
 
     Who dies is replaced, and the others take the shard meanwhile; after three deaths, or one more than there are
     workers, without a finished shard between them the run ends.
@@ -83,7 +83,7 @@ class Crew(Generic[M]):
         report: Report,
         place: Place,
     ) -> None:
-        self._store, self._start_one, self._wait, self._report, self._place = store, start, wait, report, place
+        self._store, self._start, self._wait, self._report, self._place = store, start, wait, report, place
         self._tasks: dict[M, Task] = {}
         self._owners: dict[M, str] = {}  # of those that have their models
         self._left: set[str] = set()
@@ -95,7 +95,7 @@ class Crew(Generic[M]):
         self._most_deaths = max(_DEATHS, len(tasks) + 1)  # all of a machine's may die at once
         try:
             for task in tasks:
-                self._start(task)
+                self._tasks[self._start(task)] = task
             while self._tasks and self._left:
                 if self._place.stop():
                     raise CancelledError("the run was asked to stop")
@@ -103,9 +103,6 @@ class Crew(Generic[M]):
                     self._hear(member)
         finally:
             self._end()
-
-    def _start(self, task: Task) -> None:
-        self._tasks[self._start_one(task)] = task
 
     def _hear(self, member: M) -> None:
         try:
@@ -135,7 +132,7 @@ class Crew(Generic[M]):
         self._report(Event("died", owner, text=why))
         if self._deaths >= self._most_deaths:
             raise WorkerError(f"{why}, {self._deaths} times without a finished shard; memory may have run out")
-        self._start(task)
+        self._tasks[self._start(task)] = task
 
     def _end(self) -> None:
         """Let those at work drop their shards; who has none yet, or does not listen, is killed."""
