@@ -12,6 +12,7 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import numpy as np
+import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
@@ -65,6 +66,7 @@ def _run(words: Sequence[str], printed: Path, forks: bool, environment: dict[str
         fork = multiprocessing.get_context("fork")
         multiprocessing.get_context = lambda method: fork  # type: ignore[assignment]
     os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)  # the threads of OpenMP do not come along, and those of actors are one each
     sys.argv = ["guda-fast", *words]
     with printed.open("w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         main()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 import guda_fast as gf
 from engine_cases import QUERIES, command, contents, make_files, save_image
 from guda_fast.engines import Event, Job, Log, Monitor, Rank, Worker
-from guda_fast.engines.work import alive, me, slices
+from guda_fast.engines.work import _status, alive, me, slices
 from guda_fast.estimators import Budget
 from guda_fast.prepare import Execution
 from guda_fast.store import Shard, Store
@@ -227,6 +229,11 @@ def test_owners_that_are_gone() -> None:
     assert alive(me())
     assert not alive(f"{host}:{namespace}:{os.getpid()}:{int(began) - 1}")  # the number came again
     assert not alive(f"{host}:{namespace}:{2**22 + 1}:{began}")
+    with subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE) as process:
+        ended = f"{host}:{namespace}:{process.pid}:{_status(process.pid)[1]}"
+        assert alive(ended)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not alive(ended)  # though its entry is there until its parent asks how it ended
     assert alive(f"elsewhere:{namespace}:{2**22 + 1}:{began}") and alive("ray actor 3")
 
 

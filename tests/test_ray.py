@@ -8,15 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from engine_cases import command, contents, finished, make_files, start, wait_for
 from guda_fast.cli import main
+from guda_fast.engines import Event, ray_actors
 from guda_fast.engines.ray_actors import RayActors, _pool
-from guda_fast.engines.work import Place
+from guda_fast.engines.work import Place, _status, me
 from guda_fast.store import Store
 
 
@@ -70,10 +73,7 @@ class Run:
 
 
 def alive(process: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
+    return _status(process)[0] not in ("", "Z")
 
 
 def check(store: Path, expected: dict[str, bytes]) -> None:
@@ -174,6 +174,37 @@ def test_actors_fill_the_cluster(resources, actors, gpus, shards, expected) -> N
 def test_actors_that_do_not_fit_are_refused_before_ray_waits_for_them(resources, actors, gpus, says) -> None:
     with pytest.raises(ValueError, match=says):
         _pool(resources, actors, gpus, 100)
+
+
+class Cluster:
+    """In place of Ray: one actor, a process that ends some time after it has been killed."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+
+    def remote(self, **options: object) -> object:
+        owner = me().split(":")
+        owner[2:] = [str(self.process.pid), _status(self.process.pid)[1]]
+        told = iter([[Event("ready", ":".join(owner))]])
+        actor = SimpleNamespace(serve=SimpleNamespace(remote=lambda task: told))
+        return lambda actor_class: SimpleNamespace(remote=lambda: actor)
+
+    def get(self, told: object) -> object:
+        return told
+
+    def kill(self, actor: object) -> None:
+        threading.Timer(0.3, self.process.kill).start()
+
+
+def test_an_actor_is_no_more_once_it_has_been_ended(monkeypatch) -> None:
+    cluster = Cluster()
+    monkeypatch.setattr(ray_actors, "ray", cluster)
+    actor = ray_actors._Handle(None, 0.0)  # type: ignore[arg-type]
+    assert [event.kind for event in actor.events()] == ["ready"]
+    actor.stop()
+    actor.end(0.0)
+    assert not alive(cluster.process.pid)  # or it could claim another shard, after its leases have been revoked
+    cluster.process.wait()
 
 
 def test_wrong_numbers_are_refused() -> None:

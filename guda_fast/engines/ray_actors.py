@@ -19,7 +19,7 @@ from guda_fast._validate import check_int, check_real
 from guda_fast.engines.crew import Crew, Task, serve
 from guda_fast.engines.events import Event, Report
 from guda_fast.engines.job import Job
-from guda_fast.engines.work import Place, slices
+from guda_fast.engines.work import Place, alive, slices
 from guda_fast.store import Shard, Store
 
 try:
@@ -29,6 +29,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("--engine ray: must have Ray: pip install 'guda_fast[ray]'", name="ray") from error
 
 _ANSWER = 10.0  # seconds for a cluster to answer
+_KILL = 2.0  # seconds for a process to end, of which Ray says at once that it has
 _GATHER = 2.0  # seconds for which an actor keeps what can wait: to tell takes milliseconds of two processes
 _CAN_WAIT = ("step", "waiting")
 _LOCAL = {
@@ -147,6 +148,8 @@ class _Handle:
         self._actor = remote(_Actor).remote()
         self.told = self._actor.serve.remote(task)
         self._death: str | None = None
+        self._owner = ""
+        self._killed = 0.0  # when, by the monotonic clock
 
     def events(self) -> Sequence[Event]:
         try:
@@ -156,17 +159,22 @@ class _Handle:
         except RayError as error:
             self._death = f"was lost ({' '.join(str(error).split())})"
             raise EOFError from error
+        self._owner = events[0].worker
         return events
 
     def death(self) -> str | None:
         return self._death
 
     def stop(self) -> None:
-        ray.kill(self._actor)
+        if not self._killed:
+            ray.kill(self._actor)
+            self._killed = time.monotonic()
 
     def end(self, seconds: float) -> None:
-        """It ends at once."""
+        """It is killed. Until its process is no more it may claim a shard; on another machine that cannot be seen."""
         self.stop()
+        while self._owner and alive(self._owner) and time.monotonic() < self._killed + _KILL:
+            time.sleep(0.01)
 
 
 def _ready(handles: Sequence[_Handle], seconds: float) -> Sequence[_Handle]:

@@ -124,7 +124,8 @@ def slices(shards: Sequence[Shard], count: int) -> list[list[Shard]]:
 
 def me() -> str:
     """This process, as the owner of leases: host, process namespace, process, and when that began."""
-    return f"{_here()}:{os.getpid()}:{_began(os.getpid())}"
+    _, began = _status(os.getpid())
+    return f"{_here()}:{os.getpid()}:{began}"
 
 
 def alive(owner: str) -> bool:
@@ -138,7 +139,8 @@ def alive(owner: str) -> bool:
         return False
     except PermissionError:
         return True
-    return owner.rpartition(":")[2] == _began(int(rest))
+    state, began = _status(int(rest))
+    return state != "Z" and owner.rpartition(":")[2] == began  # Z: it has ended, and nobody has asked how
 
 
 def _here() -> str:
@@ -149,10 +151,11 @@ def _here() -> str:
     return f"{socket.gethostname()}:{namespace}"
 
 
-def _began(process: int) -> str:
-    """When a process began, in the kernel's ticks: numbers of processes come again."""
+def _status(process: int) -> tuple[str, str]:
+    """The state of a process, a letter, and when it began, in the kernel's ticks: numbers of processes come again."""
     try:
         status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return "0"
-    return status.rpartition(")")[2].split()[19]
+        return "", "0"
+    fields = status.rpartition(")")[2].split()
+    return fields[0], fields[19]
