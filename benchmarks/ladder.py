@@ -75,7 +75,7 @@ class Ours:
 
     def __init__(self, workload: Workload, job: Job, device: str, compiled: bool = False) -> None:
         bank = DeltaBank.load(workload.base, {delta.origin: delta for delta in workload.deltas})
-        self._engine = Engine(
+        self.engine = Engine(
             bank,
             workload.protocol,
             workload.queries.shape[1:],
@@ -88,11 +88,11 @@ class Ours:
         self._queries = load_queries(workload.queries, channels=workload.queries.shape[1])
 
     def scores(self) -> object:
-        return Full().run(self._engine, self._queries, lambda forwards: None).scores
+        return Full().run(self.engine, self._queries, lambda forwards: None).scores
 
     def forward(self, x_t: Tensor, timestep: Tensor) -> object:
         """One batch through the resident model, as a run calls it."""
-        return self._engine.swap.forward(Inputs(x_t, timestep, {}))
+        return self.engine.swap.forward(Inputs(x_t, timestep, {}))
 
 
 def job_case(job: Job, quick: bool, mode: str | None = None) -> Case:
@@ -147,8 +147,7 @@ def _contenders(workload: Workload, job: Job, quick: bool, mode: str | None) -> 
         yield scorer("tuned eager", Tuned, tf32=tf32, compiler=None)
     ours = Ours(workload, job, device)
     yield contender("guda_fast swap", ours.scores)
-    # Deltas of any form leave the same model to compile.
-    if "own compiled" in job.rivals and job.form == "dense" and not quick:
+    if "own compiled" in job.rivals and not quick:
         yield contender("guda_fast swap, compiled", Ours(workload, job, device, compiled=True).scores)
     if "bare" in job.rivals:
         batches = workload.models * -(-workload.rows // job.batch)

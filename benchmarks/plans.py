@@ -1,7 +1,8 @@
 """The swap plan, the batched plan and the planner's choice, over rows a model and numbers of models.
 
 Each call takes all rows from queries to errors. The planner has measured and decided before the clock starts; its row
-says by its ratio what following it gains over always swapping.
+names the plan that it chose, and says by its ratio what following it gains over always swapping. It runs that plan in
+an engine of its own: its time and that of the plan's own row are two measurements of the same code.
 """
 
 from __future__ import annotations
@@ -45,13 +46,16 @@ def _contender(workload: Workload, plan: str, rows: int) -> Contender:
     queries = engine.queries(workload.queries, range(len(workload.queries)))
     work = Rows.product(len(workload.queries), list(range(1, len(bank) + 1)), workload.protocol.draws)
     bank.survey()
+    name = plan
     if plan == "auto":
-        print(engine.choose(len(bank), rows), flush=True)
+        choice = engine.choose(len(bank), rows)
+        print(choice, flush=True)
+        name = f"auto: {choice.plan}"
 
     def run(number: int) -> torch.Tensor:
         return torch.from_numpy(engine.errors(queries, work))
 
-    return Contender(plan, architecture(), run)
+    return Contender(name, architecture(), run)
 
 
 def _cases(quick: bool) -> list[Callable[[], Case]]:
@@ -62,4 +66,4 @@ def _cases(quick: bool) -> list[Callable[[], Case]]:
     return [partial(plans_case, *job, quick) for job in jobs]
 
 
-BENCHMARK = Benchmark("plans", _cases, ("tests/test_plan.py", "tests/test_batched*.py"), threads=2, repetitions=5)
+BENCHMARK = Benchmark("plans", _cases, ("tests/test_plan.py", "tests/test_batched*.py"), threads=2, repetitions=7)
