@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from group_norm_silu_cases import channels_last, make, make_vectors
 from guda_fast import _backends, ops
+from guda_fast.ops import _looks
 
 NAMES = ("weight", "bias", "model_index", "addend", "scale", "shift")
 
@@ -37,6 +38,17 @@ def test_opcheck(dtype: torch.dtype, models: int | None) -> None:
     ]
     torch.library.opcheck(torch.ops.guda_fast.group_norm_silu.default, (x.to(dtype), *rest))
     torch.library.opcheck(torch.ops.guda_fast.group_norm_silu.default, (x, 2, *[None] * 6, 0.0, True, "auto"))
+
+
+@pytest.mark.skipif(_backends.native() is None, reason="what is remembered are calls of the extension")
+def test_a_node_of_a_graph_is_validated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    op, checked = sys.modules["guda_fast.ops.group_norm_silu"], []
+    check = op._checked
+    monkeypatch.setattr(op, "_checked", lambda *given: checked.append(given) or check(*given))
+    monkeypatch.setattr(op, "_CPP_CALLS", _looks.Remembered())
+    for _ in range(3):
+        torch.ops.guda_fast.group_norm_silu.default(make(3, 6, (4, 5)), 3, *[None] * 6, 1e-5, True, "auto")
+    assert len(checked) == 1
 
 
 LAYOUTS = {

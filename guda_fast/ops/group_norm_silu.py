@@ -88,6 +88,12 @@ def group_norm_silu(
     vectors = _Vectors(weight, bias, model_index, addend, scale, shift)
     if _library.is_recorded():
         return _compiled(x, groups, vectors, eps, silu, backend)
+    return _eager(x, groups, vectors, eps, silu, backend)
+
+
+def _eager(x: Tensor, groups: int, vectors: _Vectors, eps: float, silu: bool, backend: str) -> Tensor:
+    """The op itself; what looks like a call that was checked is not checked again."""
+    weight, bias, model_index, addend, scale, shift = vectors
     seen = looks(x, weight, bias, addend, scale, shift)
     # Whether an index is in range is no matter of looks, nor is the type of numbers that compare equal.
     numbers = type(groups) is int and type(eps) is float and type(silu) is bool
@@ -300,7 +306,7 @@ def _registered(
     backend: str,
 ) -> Tensor:
     vectors = _Vectors(weight, bias, model_index, addend, scale, shift)
-    return _OP.run(_checked(x, groups, vectors, eps, silu), backend)
+    return _eager(x, groups, vectors, eps, silu, backend)
 
 
 def _fake(x: Tensor, *_: object) -> Tensor:
