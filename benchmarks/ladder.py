@@ -71,17 +71,22 @@ class Job:
 
 
 class Ours:
-    """The engine on a job: what it sets up beforehand, and what is timed."""
+    """The engine on a workload: what it sets up beforehand, and what is timed.
 
-    def __init__(self, workload: Workload, job: Job, device: str, compiled: bool = False) -> None:
+    precision: a key of DTYPES. batch: rows a forward; None for the engine's default.
+    """
+
+    def __init__(
+        self, workload: Workload, precision: str, batch: int | None, device: str, compiled: bool = False
+    ) -> None:
         bank = DeltaBank.load(workload.base, {delta.origin: delta for delta in workload.deltas})
         self.engine = Engine(
             bank,
             workload.protocol,
             workload.queries.shape[1:],
             device=device,
-            precision=POLICIES[PRECISIONS[job.precision]],
-            batch_size=job.batch,
+            precision=POLICIES[PRECISIONS[precision]],
+            batch_size=batch,
             plan="swap",
             compiled=compiled,
         )
@@ -145,10 +150,11 @@ def _contenders(workload: Workload, job: Job, quick: bool, mode: str | None) -> 
         yield scorer("tuned compiled", Tuned, tf32=tf32, **how)
     if "eager" in job.rivals:
         yield scorer("tuned eager", Tuned, tf32=tf32, compiler=None)
-    ours = Ours(workload, job, device)
+    ours = Ours(workload, job.precision, job.batch, device)
     yield contender("guda_fast swap", ours.scores)
     if "own compiled" in job.rivals and not quick:
-        yield contender("guda_fast swap, compiled", Ours(workload, job, device, compiled=True).scores)
+        compiled = Ours(workload, job.precision, job.batch, device, compiled=True)
+        yield contender("guda_fast swap, compiled", compiled.scores)
     if "bare" in job.rivals:
         batches = workload.models * -(-workload.rows // job.batch)
         shape = (job.batch, *workload.queries.shape[1:])
@@ -164,10 +170,11 @@ def _contenders(workload: Workload, job: Job, quick: bool, mode: str | None) -> 
             yield scorer("peft merged", PeftMerged)
     if "reference" in job.rivals:
         name = "reference loop" if job.precision == "float32" else "reference loop, float32"
-        yield contender(name, partial(_reference(workload, device).scores, workload.queries))
+        yield contender(name, partial(reference_loop(workload, device).scores, workload.queries))
 
 
-def _reference(workload: Workload, device: str) -> ReferenceLoop:
+def reference_loop(workload: Workload, device: str) -> ReferenceLoop:
+    """The rival on a workload, with its models loaded."""
     with tempfile.TemporaryDirectory() as folder:
         saved = workload.save(Path(folder))
         return ReferenceLoop(saved, workload.protocol, device=device, reload=False)

@@ -38,6 +38,20 @@ def attention(
     scale: float,
     threads: int,
 ) -> None: ...
+def conv3x3(
+    out: int,
+    out_strides: Sequence[int],
+    x: int,
+    x_strides: Sequence[int],
+    weight: int,
+    bias: int,
+    rows: int,
+    height: int,
+    width: int,
+    inputs: int,
+    outputs: int,
+    threads: int,
+) -> None: ...
 def denoising_error(
     errors: int,
     paired: int,

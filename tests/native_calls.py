@@ -197,3 +197,24 @@ def attention_arguments(
         "scale": dim**-0.5,
         "threads": threads,
     }
+
+
+def conv3x3_arguments(
+    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, threads: int = 1
+) -> dict[str, Any]:
+    """Of (rows, channels, height, width) tensors whose channels lie next to each other."""
+    rows, inputs, height, width = x.shape
+    return {
+        "out": out.data_ptr(),
+        "out_strides": [out.stride(dim) for dim in (0, 2, 3)],
+        "x": x.data_ptr(),
+        "x_strides": [x.stride(dim) for dim in (0, 2, 3)],
+        "weight": weight.data_ptr(),
+        "bias": 0 if bias is None else bias.data_ptr(),
+        "rows": rows,
+        "height": height,
+        "width": width,
+        "inputs": inputs,
+        "outputs": len(weight),
+        "threads": threads,
+    }

@@ -182,7 +182,9 @@ def test_a_backend_that_an_op_lacks_is_said_so() -> None:
     assert "\n  cuda: toy has no such backend\n" in text
 
 
-@pytest.mark.parametrize("op", ["add_noise", "denoising_error", "group_norm_silu", "delta_linear", "delta_conv2d"])
+@pytest.mark.parametrize(
+    "op", ["add_noise", "conv3x3", "denoising_error", "group_norm_silu", "delta_linear", "delta_conv2d"]
+)
 def test_explain_refuses_what_the_op_would(op: str) -> None:
     with pytest.raises(TypeError, match=f"explain: {op}: missing a required argument: '(x|x0|predictions)'"):
         _backends.explain(op)

@@ -112,10 +112,12 @@ class Convolutions(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.in_channels_last: list[bool] = []
+        self.ours = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten.convolution.default:
+        if function in (torch.ops.aten.convolution.default, torch.ops.guda_fast.conv3x3.default):
             self.in_channels_last.append(args[0].is_contiguous(memory_format=torch.channels_last))
+            self.ours += function is torch.ops.guda_fast.conv3x3.default
         return function(*args, **(kwargs or {}))
 
 
@@ -184,6 +186,25 @@ def test_a_batch_of_64_stays_in_channels_last(name: str, dtype: torch.dtype) -> 
     # Of activations around 1; in bfloat16 the two differ by the roundings of some ten layers.
     tolerance = 1e-4 if dtype == torch.float32 else 0.15
     torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance)
+
+
+def test_convolutions_run_the_op() -> None:
+    """Those that it expresses, in float32, and with the parameters of the moment."""
+    model = fuse(unet()).to(memory_format=torch.channels_last)
+    convolutions = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    expressed = [name for name in convolutions if name.endswith(("conv1", "conv2")) or "upsamplers" in name]
+    assert [name for name, kind in convolutions.items() if kind is not nn.Conv2d] == expressed
+    for dtype, calls in ((torch.float32, len(expressed)), (torch.bfloat16, 0)):
+        with Convolutions() as called:
+            run(model.to(dtype), make_x(model, rows=2, dtype=dtype))
+        assert called.ours == calls
+    conv = model.to(torch.float32).mid_block.resnets[0].conv1
+    x = torch.randn(4, 64, 8, 8).to(memory_format=torch.channels_last)
+    for _ in range(2):
+        with torch.no_grad():
+            conv.weight.add_(torch.randn_like(conv.weight) * 0.1)
+            expected = nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
+            torch.testing.assert_close(conv(x).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_upsampling_beyond_32_bits_is_left_to_diffusers() -> None:

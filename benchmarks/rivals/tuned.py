@@ -51,6 +51,7 @@ class Tuned:
             for values in (workload.weights(model).values() for model in range(workload.models))
         ]
         self._errors: Callable[..., Tensor] = partial(row_errors, self._model)
+        self._called = False
         if compiler is not None:
             if torch._inductor.config.freezing:
                 raise ValueError("Tuned: torch._inductor.config.freezing must be off: frozen weights ignore swaps")
@@ -61,7 +62,7 @@ class Tuned:
     @torch.inference_mode()
     def scores(self, queries: Tensor, noise: Tensor | None = None) -> FloatArray:
         """Scores [(N, K), float64] of queries [(N, C, H, W), float32]; noise: [(N, D, C, H, W)] instead of its own."""
-        with self._products.active(self._device), _compiled_once():
+        with self._products.active(self._device), _compiling(allowed=not self._called):
             rows = NoisedRows.make(
                 queries,
                 self._protocol,
@@ -76,6 +77,7 @@ class Tuned:
                 torch._foreach_copy_(self._targets, weights)
                 for part, batch in rows.batches():
                     errors[model, part] = self._errors(*batch)
+            self._called = True
             return rows.scores(errors, len(queries))
 
 
@@ -88,9 +90,9 @@ def resident(base: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
 
 
 @contextmanager
-def _compiled_once() -> Iterator[None]:
-    """A second compilation is an error here: eager code may follow too many of them."""
-    with warnings.catch_warnings(), torch._dynamo.config.patch(error_on_recompile=True):
+def _compiling(*, allowed: bool) -> Iterator[None]:
+    """One that is not allowed is an error: eager code may follow too many of them."""
+    with warnings.catch_warnings(), torch._dynamo.config.patch(error_on_recompile=not allowed):
         # In diffusers' Upsample2D, of a function that compares version numbers; and in Inductor itself.
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
         warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)

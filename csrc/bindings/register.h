@@ -11,6 +11,7 @@ namespace py = pybind11;
 
 void register_add_noise(py::module_& module);
 void register_attention(py::module_& module);
+void register_conv3x3(py::module_& module);
 void register_denoising_error(py::module_& module);
 void register_group_norm_silu(py::module_& module);
 void register_build(py::module_& module);

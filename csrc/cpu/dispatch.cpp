@@ -21,7 +21,8 @@ namespace {
         {{set::normalize<Dtype::float32, false>, set::normalize<Dtype::float32, true>},                    \
          {set::normalize<Dtype::bfloat16, false>, set::normalize<Dtype::bfloat16, true>}},                 \
         {set::pack_keys<Dtype::float32>, set::pack_keys<Dtype::bfloat16>},                                 \
-        {set::attend<Dtype::float32>, set::attend<Dtype::bfloat16>},                                       \
+        {set::attend<Dtype::float32>, set::attend<Dtype::bfloat16>}, set::transform_weights,               \
+        set::transform_tile, set::multiply_points, set::gather_tile,                                       \
   }
 
 struct Candidate {

@@ -89,6 +89,27 @@ using PackKeys = void (*)(float* to, const void* from, std::int64_t stride, std:
 // out = softmax of the scores, times v.
 using Attend = void (*)(const Queries& call);
 
+// The products that stand for a tile's convolution, and what the sizes of conv3x3 are multiples of.
+constexpr int kTaps = 9, kPoints = 16, kTileStep = 8, kOutputStep = 32, kInputStep = 16;
+
+// to[point][panel][input][o] for output channels first to last, from weight[output][tap][input]; a panel has
+// two vectors of output channels.
+using TransformWeights = void (*)(float* to, const float* weight, std::int64_t first, std::int64_t last,
+                                  std::int64_t outputs, std::int64_t inputs);
+
+// to[point][input], from the channels of 4 x 4 positions.
+using TransformTile = void (*)(float* to, std::int64_t point_stride, const float* const* from,
+                               std::int64_t inputs);
+
+// to[point][tile][output] = the sum over inputs of tiles[point][tile][input] weight[point][input][output].
+using MultiplyPoints = void (*)(float* to, std::int64_t to_point, const float* tiles,
+                                std::int64_t tiles_point, const float* weight, std::int64_t count,
+                                std::int64_t outputs, std::int64_t inputs);
+
+// The channels of 2 x 2 positions, from those of all points.
+using GatherTile = void (*)(float* const* to, const float* from, std::int64_t point_stride, const float* bias,
+                            std::int64_t outputs);
+
 struct Kernels {
   const char* name;
   NoiseWords noise_words;
@@ -100,6 +121,10 @@ struct Kernels {
   Normalize normalize[2][2];  // the same, without and with SiLU
   PackKeys pack_keys[2];      // float32, bfloat16
   Attend attend[2];
+  TransformWeights transform_weights;
+  TransformTile transform_tile;
+  MultiplyPoints multiply_points;
+  GatherTile gather_tile;
 };
 
 #define GUDA_FAST_DECLARE_KERNELS(set)                                                                       \
@@ -126,6 +151,13 @@ struct Kernels {
   void pack_keys(float* to, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t dim);     \
   template <Dtype dtype>                                                                                     \
   void attend(const Queries& call);                                                                          \
+  void transform_weights(float* to, const float* weight, std::int64_t first, std::int64_t last,              \
+                         std::int64_t outputs, std::int64_t inputs);                                         \
+  void transform_tile(float* to, std::int64_t point_stride, const float* const* from, std::int64_t inputs);  \
+  void multiply_points(float* to, std::int64_t to_point, const float* tiles, std::int64_t tiles_point,       \
+                       const float* weight, std::int64_t count, std::int64_t outputs, std::int64_t inputs);  \
+  void gather_tile(float* const* to, const float* from, std::int64_t point_stride, const float* bias,        \
+                   std::int64_t outputs);                                                                    \
   }
 
 GUDA_FAST_DECLARE_KERNELS(baseline)

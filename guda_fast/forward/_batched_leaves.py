@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from guda_fast import ops
 from guda_fast.errors import BatchedUnavailableError
 from guda_fast.forward._batched_layers import Layer, NormLayer, StackedLayer, without_its_bias
+from guda_fast.forward._fused_convolution import CONVOLUTIONS
 from guda_fast.forward._fused_modules import FusedGroupNorm, PerRow
 from guda_fast.forward._routing import FACTORS, Kind, RowModels, Selection
 
 _LEAVES = {
-    nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding, nn.GroupNorm, FusedGroupNorm, nn.LayerNorm, nn.RMSNorm,
+    nn.Linear, *CONVOLUTIONS, nn.ConvTranspose2d, nn.Embedding, nn.GroupNorm, FusedGroupNorm, nn.LayerNorm, nn.RMSNorm,
     normalization.FP32LayerNorm, normalization.RMSNorm,
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from guda_fast import ops
 from guda_fast.forward._fused_attention import FusedAttention, is_expressed
+from guda_fast.forward._fused_convolution import CONVOLUTIONS, FusedConv2d, is_conv3x3
 from guda_fast.forward._original import runs_original
 
 
@@ -145,7 +146,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         return (temb if added is None else temb + added), None, None
 
 
-_PLAIN = {nn.GroupNorm, FusedGroupNorm, nn.SiLU, nn.Conv2d}
+_PLAIN = {nn.GroupNorm, FusedGroupNorm, nn.SiLU, *CONVOLUTIONS}
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -185,6 +186,8 @@ def can_fuse(module: nn.Module) -> bool:
     """Whether an op expresses what a module of a type in FUSED computes."""
     if isinstance(module, Attention):
         return is_expressed(module)
+    if isinstance(module, nn.Conv2d):
+        return is_conv3x3(module)
     if isinstance(module, UNet2DModel):
         # Hooks of diffusers may compute in another dtype than that of the parameters.
         return not any(hasattr(part, "_diffusers_hook") for part in module.modules())
@@ -193,6 +196,7 @@ def can_fuse(module: nn.Module) -> bool:
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.GroupNorm: FusedGroupNorm,
+    nn.Conv2d: FusedConv2d,
     Attention: FusedAttention,
     ResnetBlock2D: FusedResnetBlock2D,
     Transformer2DModel: FusedTransformer2DModel,

@@ -14,7 +14,8 @@ def fuse(model: ModelT) -> ModelT:
 
     Residual blocks run norm, time embedding, scale, shift and SiLU as one op, and the first convolution's bias with
     it; other group norms, as in attention, run as the op without SiLU. Attention without a mask runs its heads as the
-    op `attention`, between projections that are called as before.
+    op `attention`, between projections that are called as before. 3x3 convolutions that keep height and width run as
+    the op `conv3x3` in float32 on a CPU.
     Upsample2D and Transformer2DModel no longer copy channels-last activations into channels-first, and a UNet2DModel no
     longer asks every module for its dtype at each call.
 

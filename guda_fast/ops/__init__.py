@@ -2,6 +2,7 @@
 
 from guda_fast.ops.add_noise import add_noise
 from guda_fast.ops.attention import attention
+from guda_fast.ops.conv3x3 import conv3x3
 from guda_fast.ops.delta_conv2d import delta_conv2d
 from guda_fast.ops.delta_linear import delta_linear
 from guda_fast.ops.denoising_error import denoising_error
@@ -12,6 +13,7 @@ __all__ = [
     "DenoisingError",
     "add_noise",
     "attention",
+    "conv3x3",
     "delta_conv2d",
     "delta_linear",
     "denoising_error",
