@@ -52,7 +52,7 @@ def jobs() -> list[Job]:
 def measure(job: Job, passes: int) -> list[dict[str, object]]:
     """A row a pass, after one that is not counted."""
     workload = make_workload(job.architecture, job.form, models=job.models, queries=job.queries, draws=job.draws)
-    ours = Ours(workload, job, "cpu")
+    ours = Ours(workload, job.precision, job.batch, "cpu")
     swap = ours.engine.swap
     shape = (job.batch, *workload.queries.shape[1:])
     batches = workload.models * -(-workload.rows // job.batch)

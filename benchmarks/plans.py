@@ -2,7 +2,8 @@
 
 Each call takes all rows from queries to errors. The planner has measured and decided before the clock starts; its row
 names the plan that it chose, and says by its ratio what following it gains over always swapping. It runs that plan in
-an engine of its own: its time and that of the plan's own row are two measurements of the same code.
+an engine of its own: its time and that of the plan's own row are two measurements of the same code. Freed memory is
+kept, as the commands keep it: otherwise a forward's time depends on what ran before it in the process.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from benchmarks.contenders import architecture
 from benchmarks.registry import Benchmark, Case, Contender
 from benchmarks.workloads import ARCHITECTURES, Workload, make_workload
-from guda_fast import DeltaBank
+from guda_fast import DeltaBank, keep_freed_memory
 from guda_fast.forward import Engine, Rows
 
 DRAWS = 8
@@ -23,6 +24,7 @@ DRAWS = 8
 
 def plans_case(network: str, form: str, models: int, rows: int, quick: bool) -> Case:
     """All plans on ``rows`` rows of each of K counterfactuals; no base, as when its errors are known."""
+    keep_freed_memory()
     queries, draws = -(-rows // DRAWS), min(rows, DRAWS)
     workload = make_workload("tiny" if quick else network, form, models=models, queries=queries, draws=draws)
     contenders = [_contender(workload, plan, queries * draws) for plan in ("swap", "batched", "auto")]

@@ -16,8 +16,9 @@ def keep_freed_memory() -> bool:
     """Let this process keep the memory that a forward frees for the next one, where it runs on the CPU.
 
     The C library of Linux gives freed activations back to the system, and takes them from it again page by page:
-    a fifth of the time of a small UNet (docs/engine.md). Afterwards the process stays at the most that it needed. The
-    commands of guda_fast do this for themselves; a process of yours is left alone unless it asks.
+    8 % of the time of a small UNet at 32x32, nothing at 8x8 (docs/engine.md). Afterwards the process stays at the
+    most that it needed. The commands of guda_fast do this for themselves; a process of yours is left alone unless it
+    asks.
 
     Returns whether it is so: not with another C library or allocator, nor where the environment has settings of its
     own (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``, ``LD_PRELOAD``).

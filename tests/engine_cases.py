@@ -17,6 +17,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 from guda_fast.cli import main
+from guda_fast.store import Store
 from tiny import perturbed, tiny_unet
 
 QUERIES = 10
@@ -49,6 +50,16 @@ def command(files: Path, store: Path, *extra: object, stride: int = 20) -> list[
 def contents(store: Path) -> dict[str, bytes]:
     """The bytes of all parts, by name."""
     return {path.name: path.read_bytes() for path in sorted((store / "parts").iterdir()) if path.suffix == ".parquet"}
+
+
+def check(store: Path, expected: dict[str, bytes], *, leases: bool = False) -> None:
+    """Every cell is there, once, and as in the undisturbed run; nothing is damaged, and no lease left.
+
+    leases: whether some may be left, as where a driver was killed: nobody is there to end its last one.
+    """
+    assert contents(store) == expected
+    assert list(Store.open(store).verify()) == []
+    assert leases or [path.name for path in (store / "claims").iterdir() if not path.name.startswith(".")] == []
 
 
 def start(words: Sequence[str], printed: Path, *, forks: bool = False, **environment: object) -> ForkProcess:

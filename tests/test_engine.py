@@ -17,6 +17,7 @@ from guda_fast.errors import CancelledError
 from guda_fast.forward import POLICIES, Engine, NoisedQueries, Rows
 from guda_fast.forward._routing import Inputs
 from guda_fast.forward.batches import Batches
+from guda_fast.forward.noised import NoisedBatch
 from guda_fast.reference import add_noise
 from tiny import perturbed, tiny_unet
 
@@ -224,6 +225,23 @@ def test_the_batch_halves_when_memory_runs_out(base, x0, message: str | None) ->
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_the_batch_halves_when_memory_runs_out_for_the_noise(base, x0, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = gf.DeltaBank.load(base, deltas(base))
+    engine = Engine(bank, PROTOCOL, SHAPE, batch_size=4, plan="swap")
+    queries, rows = engine.queries(x0, IDS), Rows.product(3, [0, 1], PROTOCOL.draws)
+    expected = engine.errors(queries, rows)
+    x_t = NoisedBatch.x_t
+
+    def small(self: NoisedBatch) -> torch.Tensor:
+        if len(self.timestep) > 8:
+            raise torch.OutOfMemoryError("full")
+        return x_t(self)
+
+    monkeypatch.setattr(NoisedBatch, "x_t", small)
+    np.testing.assert_allclose(engine.errors(queries, rows), expected, rtol=1e-5)
+    assert engine.batches.size == 1
+
+
 class Forward:
     def __init__(self, call: Callable[..., torch.Tensor]) -> None:
         self.call = call
@@ -290,7 +308,7 @@ def test_running_out_of_memory_while_measuring_halves_too(base, x0, plan: str, m
         return run(self, x)
 
     monkeypatch.setattr(nn.Conv2d, "forward", small)
-    monkeypatch.setattr("guda_fast.forward.plan._FORWARDS", 1)
+    monkeypatch.setattr("guda_fast.forward.plan._WORTH_MEASURING", 1)
     if plan == "batched":
         batched = engine.planner.batched()
         call = batched.model.__class__.__call__
@@ -305,6 +323,20 @@ def test_running_out_of_memory_while_measuring_halves_too(base, x0, plan: str, m
 def refuse_above(rows: int, x: torch.Tensor) -> None:
     if len(x) > rows:
         raise MemoryError
+
+
+def test_a_group_that_overflows_stops_no_run_without_it(base, x0) -> None:
+    """Measuring writes any of the models."""
+    broken = Delta({"conv_in.weight": Dense(torch.full((8, 1, 3, 3), 1e38))})
+    bank = gf.DeltaBank.load(base, {"broken": broken, **deltas(base)})
+    engine = Engine(bank, PROTOCOL, SHAPE, batch_size=4)
+    queries = engine.queries(x0, IDS, ("x", "y", "z"))
+    # Of less than a batch, for which both plans are timed however quickly models are written.
+    assert set(engine.choose(3, 1).seconds) == {"swap", "batched"}
+    assert np.isfinite(engine.errors(queries, Rows.product(3, [0, 2, 3], PROTOCOL.draws))).all()
+    with pytest.raises(FloatingPointError, match="from group 'broken' for query x at draw 0"):
+        engine.errors(queries, Rows.product(3, [0, 1], PROTOCOL.draws))
+    assert bank.applied_group is None
 
 
 def test_a_cancelled_run_leaves_the_base(base, x0) -> None:

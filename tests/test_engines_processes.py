@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from engine_cases import command, contents, finished, make_files, moments, start, wait_for
+from engine_cases import check, command, contents, finished, make_files, moments, start, wait_for
 from guda_fast.store import Store
 
 pytestmark = pytest.mark.slow
@@ -42,12 +42,6 @@ def kinds(log: Path) -> list[object]:
     return [event["event"] for event in events(log)]
 
 
-def check(store: Path, expected: dict[str, bytes]) -> None:
-    """Every cell is there, once, and as in the undisturbed run; nobody has a lease, and nothing is damaged."""
-    assert contents(store) == expected
-    assert Store.open(store).leases() == [] and list(Store.open(store).verify()) == []
-
-
 def test_a_driver_that_is_killed_at_any_moment_and_started_again(files, expected, tmp_path) -> None:
     begin = time.monotonic()
     assert finished(start(command(files, tmp_path / "whole", stride=STRIDE), tmp_path / "printed")) == 0
@@ -65,7 +59,7 @@ def test_a_driver_that_is_killed_at_any_moment_and_started_again(files, expected
         store = tmp_path / f"store{number}"
         # The leases of the dead, of 300 seconds, are not waited for.
         assert finished(start(command(files, store, stride=STRIDE), tmp_path / "printed")) == 0
-        check(store, expected)
+        check(store, expected, leases=True)
 
 
 def kill_a_worker(log: Path, process: ForkProcess, killed: set[object], moment: float) -> None:

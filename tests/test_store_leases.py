@@ -38,6 +38,15 @@ def test_a_finished_shard_cannot_be_claimed(store: Store) -> None:
     assert store.claim(shard, "a", 60) is None
 
 
+def test_nobody_computes_a_shard_that_is_finished(store: Store) -> None:
+    """A process was killed between writing the part and releasing the lease."""
+    (shard,) = store.missing()
+    assert store.claim(shard, "dead", 60) is not None
+    fill(store)
+    assert len(lease_files(store)) == 1
+    assert Store.open(store.path).leases() == []
+
+
 @pytest.mark.parametrize("jump", [-120.0, 120.0], ids=["forward", "back"])
 def test_a_lease_is_over_when_its_owner_died_or_the_clock_jumped(store: Store, jump: float) -> None:
     """Seen from now, the lease was made long ago; or in the future, as where the clock was set back since."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from guda_fast import ops
 from guda_fast.deltas.delta import Dense, LowRank, Part
+from guda_fast.forward._fused_convolution import is_conv2d
 from guda_fast.forward._routing import Segment, Selection
 
 # Of a weight that is merged with low-rank differences on a CPU. Measured with K 8 and 1 to 16 rows a model, merged
@@ -140,7 +141,7 @@ class _PackedConv2d(nn.Conv2d):
     @staticmethod
     def takes(module: nn.Module) -> bool:
         """Windows of one pixel gain nothing."""
-        if type(module) is not nn.Conv2d or module.padding_mode != "zeros" or isinstance(module.padding, str):
+        if not is_conv2d(module) or module.padding_mode != "zeros" or isinstance(module.padding, str):
             return False
         weight, library = module.weight, torch.backends.mkldnn
         known = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
@@ -293,7 +294,7 @@ def make_layer(module: nn.Module, models: int, forms: set[type[Part]]) -> Layer:
 
 def _has_factors(module: nn.Module) -> bool:
     """Whether a low-rank difference is a layer to r channels and another one to the outputs."""
-    if type(module) is nn.Conv2d:
+    if is_conv2d(module):
         return module.groups == 1 and module.padding_mode == "zeros"
     return type(module) is nn.Linear
 

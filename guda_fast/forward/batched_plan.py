@@ -16,26 +16,25 @@ from guda_fast.forward.batched import BatchedModel
 from guda_fast.forward.batches import Advance, Batches
 from guda_fast.forward.noised import NoisedQueries
 from guda_fast.forward.rows import Rows
-from guda_fast.forward.swap import Example
 
 
 class BatchedPlan:
     """Runs rows in batches of whatever models they have, model by model as far as that fills batches.
 
-    bank: holds its base, resident as for the swap plan. batches: rows a forward. example: as for the swap plan.
+    bank: holds its base, resident as for the swap plan. batches: rows a forward.
+    example: one row like those of a run in all but its values.
     free: called before a batch that did not fit is tried again at half the size.
     Raises BatchedUnavailableError with the reason where the model or a delta does not allow it.
     """
 
     def __init__(
-        self, bank: DeltaBank, batches: Batches, example: Example, free: Callable[[], None] = lambda: None
+        self, bank: DeltaBank, batches: Batches, example: Inputs, free: Callable[[], None] = lambda: None
     ) -> None:
         _check_memory(bank)
         self.bank = bank
         self.free = free
         self.batches = batches
-        self.example = example
-        self.model = BatchedModel(bank, example=example(1))
+        self.model = BatchedModel(bank, example=example)
 
     @torch.inference_mode()
     def run(self, queries: NoisedQueries, rows: Rows, advance: Advance) -> FloatArray:
@@ -61,24 +60,18 @@ class BatchedPlan:
         result: FloatArray = errors.numpy()
         return result
 
-    @torch.inference_mode()
-    def try_forward(self, size: int, models: int) -> Tensor:
-        """One forward of ``size`` rows, evenly of the first ``models`` models, for measuring.
-
-        Models share their samples, which have one condition and different timesteps.
-        """
-        inputs = self.example(size)
-        model = torch.arange(size) * models // size
-        sample = torch.arange(size) - torch.searchsorted(model, model)
-        rows = RowModels(model=model, sample=sample, timestep=sample, condition=torch.zeros_like(sample))
-        return self.model(inputs.x, inputs.timestep, rows, **inputs.conditions)
-
 
 def _check_memory(bank: DeltaBank) -> None:
     """Raise BatchedUnavailableError where all groups' parameters, and a rehearsal in float64, might not fit."""
     place = next(bank.model.parameters())
     free = free_bytes(place.device)
-    changed = sum(survey.values for survey in bank.survey().values()) * place.dtype.itemsize
+    surveys = bank.survey().values()
+    # Layers keep the factors there, and else merge small ones.
+    factors = place.device.type == "cuda" or place.dtype.itemsize < 4
+    if factors and all(survey.kind == "low-rank" for survey in surveys):
+        changed = sum(survey.bytes for survey in surveys)
+    else:
+        changed = sum(survey.values for survey in surveys) * place.dtype.itemsize
     rehearsal = 4 * 8 * sum(parameter.numel() for parameter in bank.model.parameters())
     if free is not None and changed + rehearsal > free // 2:
         raise BatchedUnavailableError(

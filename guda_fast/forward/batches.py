@@ -53,12 +53,12 @@ class Batches:
         if rows % self.size:
             yield self.padded(rows % self.size)
 
-    def shrink(self, error: Exception) -> bool:
-        """Halve the size if it was memory that ran out; False where it was something else, or cannot be halved."""
+    def shrink(self, error: Exception, free: Callable[[], None]) -> None:
+        """Halve the size if it was memory that ran out, and free what can be; raise what cannot be helped by that."""
         if self.size == 1 or not is_out_of_memory(error):
-            return False
+            raise error
         self.size = -(-self.size // 2)
-        return True
+        free()
 
     def errors(
         self,
@@ -79,9 +79,13 @@ class Batches:
         found, start = [], 0
         while start < len(query):
             block = slice(start, start + _FORWARDS * self.size)
-            batch = queries.batch(query[block], draw[block])
-            x_t = batch.x_t()
-            prediction = torch.empty_like(x_t)
+            try:
+                batch = queries.batch(query[block], draw[block])
+                x_t = batch.x_t()
+                prediction = torch.empty_like(x_t)
+            except (RuntimeError, MemoryError) as error:
+                self.shrink(error, free)
+                continue
             self._fill(prediction, batch, x_t, start, forward, advance, free)
             found.append(batch.errors(prediction))
             start += len(x_t)
@@ -109,9 +113,7 @@ class Batches:
                 inputs = Inputs(_extended(x_t[part], size), _extended(batch.time[part], size), conditions)
                 out = forward(inputs, numbers)
             except (RuntimeError, MemoryError) as error:
-                if not self.shrink(error):
-                    raise
-                free()
+                self.shrink(error, free)
                 continue
             # Channels beyond the query's own are a variance.
             prediction[part] = out[:rows, : prediction.shape[1]]

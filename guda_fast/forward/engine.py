@@ -19,7 +19,7 @@ from guda_fast.forward._routing import Inputs
 from guda_fast.forward.activations import peak_bytes
 from guda_fast.forward.batched_plan import BatchedPlan
 from guda_fast.forward.batches import Advance, Batches
-from guda_fast.forward.noised import NoisedQueries
+from guda_fast.forward.noised import BlankQueries, NoisedQueries
 from guda_fast.forward.plan import PLANS, Choice, Planner
 from guda_fast.forward.precision import POLICIES, Precision
 from guda_fast.forward.rows import BASE, Rows
@@ -28,7 +28,7 @@ from guda_fast.forward.swap import SwapPlan
 # A forward on a CPU should do so much work that Python's part in it does not count, and so little that its activations
 # do not fill the memory; one on a GPU should fill it.
 _CPU_BATCH, _CPU_LEAST, _CPU_MOST = 64, 8, 256
-_CPU_LEAST_FLOP, _CPU_MOST_FLOP = 4e9, 1e12
+_CPU_LEAST_FLOP, _CPU_MOST_FLOP = 8e9, 1e12
 _CUDA_BATCH = 512
 
 
@@ -81,28 +81,22 @@ class Engine:
         self._memory = bank.memory
         self.batches = Batches(1 if batch_size is None else batch_size, fixed=compiled or padded)
         like = Conditions.none(1) if conditions is None else conditions[:1]
-        x_t = torch.zeros((1, *self.shape), dtype=precision.dtype, device=self.device)
+        layout = torch.channels_last if len(self.shape) == 3 else torch.contiguous_format
+        x_t = torch.zeros((1, *self.shape), dtype=precision.dtype, device=self.device).contiguous(memory_format=layout)
         time = torch.from_numpy(protocol.table.model_timestep[:1]).to(self.device)
-        # No method: plans that held the engine would keep its graphs alive until the next collection.
-        self._example = partial(_example, x_t, time, like.to(self.device, precision.dtype))
-        self.swap = SwapPlan(bank, self.batches, self._example, compiled=compiled)
+        first = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._example = Inputs(x_t, time, like.to(self.device, precision.dtype).take(first))
+        self.swap = SwapPlan(bank, self.batches, compiled=compiled)
         if batch_size is None:
             self.batches.size = self._default_batch()
         make_batched = partial(BatchedPlan, bank, self.batches, self._example, self.swap.forward.forget_graphs)
         wanted, because = plan, "it was asked for"
-        if plan == "auto" and precision.dtype.itemsize < 4:
+        if plan == "auto" and precision.storage is not None:
             wanted = "swap"
             because = f"in {precision.name} plans round differently, and scores must not hang on a stopwatch"
-        probe = partial(
-            NoisedQueries,
-            torch.zeros((1, *self.shape)),
-            [0],
-            protocol,
-            device=self.device,
-            dtype=precision.dtype,
-            conditions=like,
-        )
-        self.planner = Planner(self.swap, make_batched, probe, wanted, because)
+        # No method: plans that held the engine would keep its graphs alive until the next collection.
+        probe = partial(_probe, protocol, self.shape, self.device, precision.dtype, like)
+        self.planner = Planner(self.swap, make_batched, probe, protocol.draws, wanted, because)
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -174,9 +168,8 @@ class Engine:
 
     def seconds(self, choice: Choice, models: int, rows: int) -> float:
         """Predicted time of such work under the plan that was chosen."""
-        of_plan = self.planner.swap_seconds if choice.plan == "swap" else self.planner.batched_seconds
         with self._active():
-            return of_plan(np.full(models, rows))
+            return self.planner.seconds(choice.plan, np.full(models, rows))
 
     @contextmanager
     def _active(self) -> Iterator[None]:
@@ -209,7 +202,7 @@ class Engine:
     def _eager_row(self) -> None:
         """A forward of one row that no graph or compiled code hides."""
         with self._active():
-            self._example(1).run(self.bank.model)
+            self._example.run(self.bank.model)
 
     def _default_batch(self) -> int:
         """A power of two that depends on the model alone, so that runs of one plan can be repeated to the bit."""
@@ -223,9 +216,10 @@ class Engine:
         return size
 
 
-def _example(x_t: Tensor, time: Tensor, conditions: Conditions, rows: int) -> Inputs:
-    """As many rows like the given one, under the first condition."""
-    layout = torch.channels_last if x_t.dim() == 4 else torch.contiguous_format
-    x_t = x_t.expand(rows, *x_t.shape[1:]).contiguous(memory_format=layout)
-    first = torch.zeros(rows, dtype=torch.int64, device=x_t.device)
-    return Inputs(x_t, time.repeat(rows), conditions.take(first))
+def _probe(
+    protocol: Protocol, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, like: Conditions, queries: int
+) -> NoisedQueries:
+    """So many queries without an image, all under the given condition."""
+    conditions = like[torch.zeros(queries, dtype=torch.int64)]
+    x0 = torch.zeros((queries, *shape))
+    return BlankQueries(x0, range(queries), protocol, device=device, dtype=dtype, conditions=conditions)

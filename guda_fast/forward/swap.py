@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import zip_longest
 
 import numpy as np
@@ -17,9 +16,6 @@ from guda_fast.forward.noised import NoisedQueries
 from guda_fast.forward.resident import ResidentForward
 from guda_fast.forward.rows import BASE, Rows
 
-Example = Callable[[int], Inputs]
-"""Gives inputs of so many rows, like those of a run in all but their values."""
-
 
 class SwapPlan:
     """Runs rows model by model, in batches, through the bank's resident model.
@@ -28,13 +24,12 @@ class SwapPlan:
     counterfactual run alike, and their rounding cancels.
 
     bank: resident on the device and in the dtype of the run, in channels-last. batches: rows a forward.
-    example: gives inputs of so many rows, for measuring. compiled: run the resident model through torch.compile.
+    compiled: run the resident model through torch.compile.
     """
 
-    def __init__(self, bank: DeltaBank, batches: Batches, example: Example, *, compiled: bool = False) -> None:
+    def __init__(self, bank: DeltaBank, batches: Batches, *, compiled: bool = False) -> None:
         self.bank = bank
         self.batches = batches
-        self.example = example
         self.forward = ResidentForward(bank.model, compiled=compiled)
 
     def run(self, queries: NoisedQueries, rows: Rows, advance: Advance) -> FloatArray:
@@ -58,11 +53,6 @@ class SwapPlan:
             if self.bank.applied_group is not None:
                 self.bank.restore()
         return errors
-
-    @torch.inference_mode()
-    def try_forward(self, size: int) -> Tensor:
-        """One forward of ``size`` rows of what is resident, for measuring."""
-        return self.forward(self.example(size))
 
     def _make_resident(self, model: int) -> None:
         if model != BASE:

@@ -161,8 +161,11 @@ class Store(StoredCells):
         return lease
 
     def leases(self) -> list[tuple[Shard, str]]:
-        """The shards that somebody has a lease of, with the owners."""
-        return list(leases.active(self.claims_folder))
+        """The shards that are being computed, with those who have the leases.
+
+        The lease of a finished shard, as of a process that was killed before it could release it, is not one of them.
+        """
+        return [(shard, owner) for shard, owner in leases.active(self.claims_folder) if not self.finished(shard)]
 
     def revoke(self, owner: str) -> None:
         """End all leases of an owner that is known to be gone, as a process that was killed."""
